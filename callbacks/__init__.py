@@ -1,0 +1,1 @@
+"""Callbacks: what cuts across methods. They know modules by their hooks, never by their class."""

@@ -1,0 +1,1 @@
+"""Engines write completions: ``hf`` (the live policy) and ``scripted`` (recorded rollouts)."""

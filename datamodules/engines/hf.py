@@ -1,0 +1,201 @@
+"""The embedded engine: completions of the live policy, decoded by its own forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from datamodules.engines.base import Engine, Sampling, sample_seed
+from datamodules.engines.decode import (
+    Decoded,
+    choose_tokens,
+    decode,
+    supports_buffered_cache,
+    uniforms,
+)
+from datamodules.experience import Completion, FinishReason, Prompt
+
+
+class HFEngine(Engine):
+    """Decodes with the policy that trains, in this process: nothing is copied on ``sync``.
+
+    Args:
+        max_sequences: Most completions decoded at once; bounds the KV cache.
+        decoder: ``loop`` is our decode loop, ``generate`` Hugging Face's; the tokens are equal.
+
+    Raises:
+        ValueError: ``max_sequences`` below 1 or an unknown ``decoder``.
+    """
+
+    def __init__(
+        self, *, max_sequences: int = 512, decoder: Literal["loop", "generate"] = "loop"
+    ) -> None:
+        if max_sequences < 1:
+            raise ValueError(f"engine.max_sequences={max_sequences} must be at least 1")
+        if decoder not in ("loop", "generate"):
+            raise ValueError(f"engine.decoder={decoder!r} is unknown; use 'loop' or 'generate'")
+        self.max_sequences = max_sequences
+        self.decoder = decoder
+        self._policy: Any = None
+
+    def sync(self, policy: Any, version: int) -> None:
+        """Keep a reference to the live policy."""
+        self._policy = policy
+        self.policy_version = version
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
+        """Complete the prompts in batches of like length. See ``Engine.generate``."""
+        if self._policy is None:
+            raise RuntimeError("the engine has no weights yet: call sync(policy, version) first")
+        policy = self._policy
+        config = policy.config
+        parameter = next(policy.parameters())
+        collective = _Ranks(policy, parameter.device)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
+        size = max(1, self.max_sequences // sampling.samples)
+        chunks = [order[start : start + size] for start in range(0, len(order), size)]
+        limits = [
+            min(sampling.max_new_tokens, prompt.max_new_tokens or sampling.max_new_tokens)
+            for prompt in prompts
+        ]
+        steps = collective.maximum(max(limits, default=1))
+        result: list[list[Completion]] = [[] for _ in prompts]
+        eos_ids = _eos_ids(policy)
+        pad_id = config.pad_token_id if config.pad_token_id is not None else eos_ids[0]
+        was_training = policy.training
+        policy.eval()
+        try:
+            for index in range(collective.maximum(len(chunks))):
+                # a rank without work left still takes part in every collective of the forward
+                chunk = chunks[index] if index < len(chunks) else []
+                decoded = self._decode(
+                    policy,
+                    [prompts[i].token_ids for i in chunk] or [(eos_ids[0],)],
+                    sampling,
+                    [self._seeds(prompts[i], sampling) for i in chunk] or [[0] * sampling.samples],
+                    eos_ids=eos_ids,
+                    pad_id=pad_id,
+                    limits=[limits[i] for i in chunk] or [1],
+                    device=parameter.device,
+                    steps=steps if collective.is_sharded else None,
+                    any_rank=collective.any,
+                )
+                for i, group in zip(chunk, decoded, strict=False):
+                    result[i] = [self._completion(one) for one in group]
+        finally:
+            policy.train(was_training)
+        return result
+
+    def _seeds(self, prompt: Prompt, sampling: Sampling) -> list[int]:
+        return [sample_seed(self.key, prompt.uid, index) for index in range(sampling.samples)]
+
+    def _completion(self, decoded: Decoded) -> Completion:
+        reason = FinishReason.STOP if decoded.is_finished else FinishReason.LENGTH
+        return Completion(
+            tuple(decoded.token_ids), tuple(decoded.logprobs), reason, self.policy_version
+        )
+
+    def _decode(
+        self,
+        policy: Any,
+        prompts: list[tuple[int, ...]],
+        sampling: Sampling,
+        seeds: list[list[int]],
+        **options: Any,
+    ) -> list[list[Decoded]]:
+        if self.decoder == "generate":
+            return _decode_with_generate(policy, prompts, sampling, seeds, **options)
+        buffered = supports_buffered_cache(policy.config)
+        return decode(policy, prompts, sampling, seeds, buffered=buffered, **options)
+
+
+class _Ranks:
+    """Agreement between ranks, needed only where the policy's parameters are sharded."""
+
+    def __init__(self, policy: Any, device: torch.device) -> None:
+        sharded = any(hasattr(parameter, "full_tensor") for parameter in policy.parameters())
+        self.is_sharded = sharded and dist.is_available() and dist.is_initialized()
+        self.device = device
+
+    def maximum(self, value: int) -> int:
+        if not self.is_sharded:
+            return value
+        tensor = torch.tensor(value, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def any(self, flag: bool) -> bool:
+        return bool(self.maximum(int(flag)))
+
+
+def _eos_ids(policy: Any) -> list[int]:
+    generation = getattr(policy, "generation_config", None)
+    eos = getattr(generation, "eos_token_id", None)
+    eos = policy.config.eos_token_id if eos is None else eos
+    if eos is None:
+        raise ValueError("the backbone has no end token: set eos_token_id in its config.json")
+    return [int(token) for token in eos] if isinstance(eos, (list, tuple)) else [int(eos)]
+
+
+class _Chooser(LogitsProcessor):
+    """Makes ``generate`` take our token: everything else gets minus infinity."""
+
+    def __init__(self, sampling: Sampling, noise: torch.Tensor | None) -> None:
+        self.sampling, self.noise, self.step = sampling, noise, 0
+        self.logprobs: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        uniform = None if self.noise is None else self.noise[:, self.step].to(scores.device)
+        tokens, logprobs = choose_tokens(scores, self.sampling, uniform)
+        self.logprobs.append(logprobs.cpu())
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
+
+
+@torch.no_grad()
+def _decode_with_generate(
+    policy: Any,
+    prompts: list[tuple[int, ...]],
+    sampling: Sampling,
+    seeds: list[list[int]],
+    *,
+    eos_ids: list[int],
+    pad_id: int,
+    limits: list[int],
+    device: torch.device,
+    steps: int | None,
+    any_rank: Any,
+) -> list[list[Decoded]]:
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    repeat = sampling.samples
+    noise = None
+    if sampling.temperature > 0:
+        noise = uniforms([seed for group in seeds for seed in group], max(limits))
+    chooser = _Chooser(sampling, noise)
+    output = policy.generate(
+        input_ids=ids.repeat_interleave(repeat, 0).to(device),
+        attention_mask=mask.repeat_interleave(repeat, 0).to(device),
+        generation_config=GenerationConfig(
+            max_new_tokens=max(limits), do_sample=False, pad_token_id=pad_id, eos_token_id=eos_ids
+        ),
+        logits_processor=LogitsProcessorList([chooser]),
+        synced_gpus=steps is not None,
+    )
+    logprobs = torch.stack(chooser.logprobs, dim=1)
+    rows = []
+    for row, tokens in enumerate(output[:, longest:].tolist()):
+        tokens = tokens[: limits[row // repeat]]
+        end = next((i for i, token in enumerate(tokens) if token in eos_ids), None)
+        length = len(tokens) if end is None else end + 1
+        values = logprobs[row, :length].tolist()
+        rows.append(Decoded(tokens[:length], values, end is not None))
+    return [rows[start : start + repeat] for start in range(0, len(rows), repeat)]

@@ -1,0 +1,500 @@
+"""Preference pairs from files as a judging task: which response, or which critique, is better.
+
+Prompt and output formats follow section 4 of the ReflectRM card [paper], in our own words: an
+instruction, a context, two numbered items to judge; the answer is an ``<Analysis>`` and a
+``<Result>`` with one of two statements. The analysis of a response becomes a critique in the
+reflection prompt, without its result [our choice].
+
+Long texts are cut by one rule [our choice]: the template is never cut; the tokens that remain are
+shared by question, responses and critiques with one common bound, so that short texts keep
+everything, long ones are cut to the same length (length must not tell the responses apart), and
+a cut text keeps its head and its tail with `` ... `` between.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from datamodules.experience import Completion, FinishReason, Prompt
+from datamodules.sources import BadRowPolicy, nearest, read_preference_pairs, stable_hash
+from datamodules.tasks.base import Demonstration, JudgeTask, Pair, Split, Verdict
+
+MARK = " ... "
+_TAGS = ("<Analysis>", "</Analysis>", "<Result>", "</Result>")
+_NOUNS = {"pref": "Response", "refl": "Critique"}
+_TEMPLATES = {
+    "pref": (
+        "{ask}Context:\n{texts[0]}\n\nResponses for judgment:\n1. {texts[1]}\n\n2. {texts[2]}\n\n"
+    ),
+    "refl": (
+        "{ask}Context:\n{texts[0]}\n\nResponse 1: {texts[1]}\n\nResponse 2: {texts[2]}\n\n"
+        "Critiques for judgment:\n1. {texts[3]}\n\n2. {texts[4]}\n\n"
+    ),
+}
+# Short and without any judging: they show the grammar, {0} is a noun with a number.
+_GENERIC_ANALYSES = ("{0} is sounder.", "{0} fits better.", "{0} has fewer faults.")
+
+
+def share_budget(lengths: Sequence[int], budget: int) -> int:
+    """The largest common bound under which all lengths fit into a budget.
+
+    Args:
+        lengths: Tokens of each text.
+        budget: Tokens that there are for all of them.
+
+    Returns:
+        ``b`` with ``sum(min(length, b)) <= budget``; the longest length where all fit.
+    """
+    remaining, ordered = max(budget, 0), sorted(lengths)
+    for index, length in enumerate(ordered):
+        share = remaining // (len(ordered) - index)
+        if length > share:
+            return share
+        remaining -= length
+    return ordered[-1] if ordered else 0
+
+
+def cut_middle(text: str, spans: Sequence[tuple[int, int]], bound: int, mark_tokens: int) -> str:
+    """A text of at most ``bound`` tokens that keeps head and tail, cut between characters.
+
+    Args:
+        text: What to cut.
+        spans: Characters (from, to) of each of its tokens.
+        bound: Tokens to keep, the mark included; where not even the mark fits, a bare head.
+        mark_tokens: Tokens of the mark.
+    """
+    size = len(spans)
+    if size <= bound:
+        return text
+    keep = bound - mark_tokens
+    if keep < 2:
+        return text[: spans[bound][0]] if bound > 0 else ""
+    tail = keep // 2
+    # The start of the first token left out: a character of which one byte is out, is out.
+    return text[: spans[keep - tail][0]] + MARK + text[spans[size - tail - 1][1] :]
+
+
+def statement(domain: str, winner: int) -> str:
+    """The verdict in words, e.g. ``Response 1 is better than Response 2``.
+
+    Args:
+        domain: ``pref`` or ``refl``.
+        winner: 1 or 2.
+    """
+    noun = _NOUNS[domain]
+    return f"{noun} {winner} is better than {noun} {3 - winner}"
+
+
+def format_answer(domain: str, analysis: str, winner: int) -> str:
+    """A legal output, the inverse of ``parse_answer``.
+
+    Args:
+        domain: ``pref`` or ``refl``.
+        analysis: The reasoning.
+        winner: 1 or 2.
+    """
+    return f"<Analysis>{analysis}</Analysis><Result>{statement(domain, winner)}</Result>"
+
+
+def parse_answer(text: str, domain: str) -> Verdict:
+    """Read an output whose end token is already gone. Never raises.
+
+    Rules [our choice of the card]: each tag exactly once and in order, nothing but white space
+    after ``</Result>``, the statement one of the two of this domain, letter by letter. Text
+    before ``<Analysis>`` is let through: chat models put an empty thinking block there. An empty
+    analysis is legal.
+
+    Args:
+        text: What the model wrote.
+        domain: ``pref`` wants responses, ``refl`` critiques.
+    """
+    for tag in _TAGS:
+        if text.count(tag) != 1:
+            return Verdict(None, error=f"{tag} stands there {text.count(tag)} times, not once")
+    places = [text.index(tag) for tag in _TAGS]
+    if places != sorted(places):
+        return Verdict(None, error="the tags are not in the order of " + "".join(_TAGS))
+    analysis = text[places[0] + len(_TAGS[0]) : places[1]].strip()
+    result = text[places[2] + len(_TAGS[2]) : places[3]].strip()
+    if text[places[3] + len(_TAGS[3]) :].strip():
+        return Verdict(None, error="text after </Result>")
+    for winner in (1, 2):
+        if domain in _NOUNS and result == statement(domain, winner):
+            return Verdict(winner, analysis)
+    wanted = statement(domain, 1) if domain in _NOUNS else f"a verdict of domain {domain}"
+    return Verdict(None, error=f"the result is not '{wanted}' or the reverse: {result[:60]!r}")
+
+
+class PreferencePairs(JudgeTask):
+    """Comparisons from a file or data set, split by a hash, judged in text.
+
+    ``counts`` says what became of every row: ``<source>/rows|pairs|skipped[/<reason>]`` with
+    source ``main``, ``val`` or ``test``, pairs a split (``train``, ``val``, ``test``),
+    ``too_long`` (left out by ``on_too_long=skip``), ``cut`` (pairs whose response prompt was
+    cut) and ``cut_reflection`` (reflection prompts that were cut).
+
+    Args:
+        path: File, folder of ``datasets.save_to_disk`` or hub name, see ``sources.scan_rows``.
+        format: ``auto`` or a format of ``sources.FORMATS``, for all paths.
+        columns: Role to column name where the usual names do not do.
+        split: Split of a hub data set behind ``path``.
+        val_path: Validation pairs from elsewhere; the fraction is then not used.
+        val_split: Split of the hub data set for validation.
+        test_path: Test pairs from elsewhere; the fraction is then not used.
+        test_split: Split of the hub data set for testing.
+        val_fraction: Share of the rows of ``path`` for validation.
+        test_fraction: Share of the rows of ``path`` for testing. Pairs of one row stay together.
+        seed: Changes the split.
+        labels: ``optional`` allows pairs without label; those always go to the test split.
+        max_prompt_tokens: Upper bound of a prompt; longer texts are cut, see above.
+        max_analysis_tokens: Upper bound of each critique in a reflection prompt, before the
+            common bound; None has only that one.
+        control_token: Appended to every prompt, e.g. ``/no_think`` [paper].
+        chat_template: ``auto`` uses the tokenizer's where it has one, ``off`` never.
+        on_bad_row: ``error`` or ``skip`` and count.
+        max_bad_share: Share of bad rows that ``error`` leaves out with a warning.
+        on_too_long: ``cut``, ``skip`` (leave the pair out) or ``error``. Reflection prompts are
+            made on the fly and always cut.
+
+    Raises:
+        ValueError: A value is not allowed.
+    """
+
+    name = "preference_pairs"
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        format: str = "auto",
+        columns: Mapping[str, str | None] | None = None,
+        split: str | None = None,
+        val_path: str | None = None,
+        val_split: str | None = None,
+        test_path: str | None = None,
+        test_split: str | None = None,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        seed: int = 0,
+        labels: Literal["required", "optional"] = "required",
+        max_prompt_tokens: int = 512,
+        max_analysis_tokens: int | None = None,
+        control_token: str | None = None,
+        chat_template: Literal["auto", "off"] = "auto",
+        on_bad_row: BadRowPolicy = "error",
+        max_bad_share: float = 0.0,
+        on_too_long: Literal["cut", "skip", "error"] = "cut",
+    ) -> None:
+        self.path, self.format, self.split = path, format, split
+        self.columns = dict(columns or {})
+        self.sources: dict[Split, tuple[str, str | None]] = {}
+        if val_path or val_split:
+            self.sources["val"] = (val_path or path, val_split)
+        if test_path or test_split:
+            self.sources["test"] = (test_path or path, test_split)
+        self.val_fraction = 0.0 if "val" in self.sources else val_fraction
+        self.test_fraction = 0.0 if "test" in self.sources else test_fraction
+        self.seed, self.labels = seed, labels
+        self.max_prompt_tokens, self.max_analysis_tokens = max_prompt_tokens, max_analysis_tokens
+        self.control_token, self.chat_template = control_token, chat_template
+        self.on_bad_row, self.max_bad_share = on_bad_row, max_bad_share
+        self.on_too_long = on_too_long
+        self.counts: Counter[str] = Counter()
+        self._records: dict[Split, list[Pair]] | None = None
+        self._cut_pairs: set[str] = set()
+        self._template_tokens: dict[str, int] = {}
+        self._control_strings: list[str] = []
+        self._check_options()
+
+    def _check_options(self) -> None:
+        allowed = {
+            "labels": ("required", "optional"),
+            "chat_template": ("auto", "off"),
+            "on_bad_row": ("error", "skip"),
+            "on_too_long": ("cut", "skip", "error"),
+        }
+        problems = [
+            f"data.task.{key}={value!r}: allowed are {', '.join(options)}{nearest(value, options)}"
+            for key, options in allowed.items()
+            if (value := getattr(self, key)) not in options
+        ]
+        shares = self.val_fraction, self.test_fraction
+        if min(shares) < 0 or sum(shares) > 1:
+            problems.append(
+                f"data.task.val_fraction={shares[0]}, data.task.test_fraction={shares[1]}: both "
+                "are shares of the rows, 0 or more, together 1 at most"
+            )
+        for key in ("max_prompt_tokens", "max_analysis_tokens"):
+            size = getattr(self, key)
+            if size is not None and size < 1:
+                problems.append(f"data.task.{key}={size}: 1 or more is needed")
+        if not self.path:
+            problems.append("data.path is not set: name a file, a folder or a hub data set")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    # ---- Records --------------------------------------------------------------------------------
+
+    def records(self, split: Split) -> list[Pair]:
+        """All pairs of a split, in file order; read once.
+
+        Args:
+            split: ``train``, ``val`` or ``test``.
+
+        Raises:
+            ValueError: The file cannot be read or no pair is left.
+        """
+        if self._records is None:
+            self._records = self._read()
+        return self._records[split]
+
+    def _read(self) -> dict[Split, list[Pair]]:
+        found: dict[Split, list[Pair]] = {"train": [], "val": [], "test": []}
+        for pair in self._read_source("main", self.path, self.split):
+            found[self._split_of(pair)].append(pair)
+        for split, (path, part) in self.sources.items():
+            found[split] += self._read_source(split, path, part)
+        self.counts.update({split: len(pairs) for split, pairs in found.items()})
+        return found
+
+    def _read_source(self, name: str, path: str, split: str | None) -> list[Pair]:
+        pairs, counts = read_preference_pairs(
+            path,
+            columns=self.columns,
+            format=self.format,
+            split=split,
+            on_bad_row=self.on_bad_row,
+            max_bad_share=self.max_bad_share,
+            label_required=self.labels == "required",
+        )
+        self.counts.update({f"{name}/{key}": value for key, value in counts.items()})
+        return pairs
+
+    def _split_of(self, pair: Pair) -> Split:
+        """By the row, so that all pairs of one row stay on one side."""
+        place = stable_hash("split", self.seed, pair.extra["row_uid"]) / 2**64
+        if pair.label is None or place < self.test_fraction:
+            return "test"
+        return "val" if place < self.test_fraction + self.val_fraction else "train"
+
+    # ---- Tokenizer ------------------------------------------------------------------------------
+
+    def bind(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Keep the tokenizer; measure the templates and, where asked, all pairs with it.
+
+        Args:
+            tokenizer: A byte-level one or that of a real model.
+
+        Raises:
+            ValueError: It cannot write the output format, a template alone is longer than
+                ``max_prompt_tokens``, or with ``on_too_long=error`` a pair does not fit.
+        """
+        super().bind(tokenizer)
+        sample = format_answer("pref", "Response 1: 12 < 3, so no.", 2)
+        ids = self._ids(sample)
+        if tokenizer.unk_token_id in ids or self._decode(ids).strip() != sample:
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path or 'this checkpoint'} cannot write the "
+                f"verdicts of task '{self.name}': {sample!r} comes back as {self._decode(ids)!r}; "
+                "use a byte-level tokenizer or a real model's"
+            )
+        added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+        self._control_strings = sorted({*added, *tokenizer.all_special_tokens}, key=len)[::-1]
+        sizes = {kind: len(self._encode(kind, [""] * 5)) for kind in _TEMPLATES}
+        longest = max(sizes, key=lambda kind: sizes[kind])
+        if sizes[longest] >= self.max_prompt_tokens:
+            raise ValueError(
+                f"data.task.max_prompt_tokens={self.max_prompt_tokens}: the template of "
+                f"'{longest}' prompts alone takes {sizes[longest]} tokens with this tokenizer; "
+                f"set at least {2 * sizes[longest]}, so that there is room for texts"
+            )
+        self._template_tokens = sizes
+        if self.on_too_long != "cut":
+            self._screen()
+
+    def _screen(self) -> None:
+        """Leave out, or refuse, the pairs whose prompt would have to be cut."""
+        for split in ("train", "val", "test"):
+            pairs = self.records(split)
+            is_long = [self._fit("pref", self._texts(pair))[1] for pair in pairs]
+            long = [pair for pair, flag in zip(pairs, is_long, strict=True) if flag]
+            if long and self.on_too_long == "error":
+                raise ValueError(
+                    f"{long[0].extra['where']}: the prompt of pair {long[0].uid!r} is longer than "
+                    f"data.task.max_prompt_tokens={self.max_prompt_tokens} (so are {len(long) - 1} "
+                    f"more of split {split}); raise it, or set data.task.on_too_long=cut or skip"
+                )
+            pairs[:] = [pair for pair, flag in zip(pairs, is_long, strict=True) if not flag]
+            self.counts["too_long"] += len(long)
+            self.counts[split] = len(pairs)
+        if not any(self.records(split) for split in ("train", "val", "test")):
+            raise ValueError(
+                f"{self.path}: every pair is longer than data.task.max_prompt_tokens="
+                f"{self.max_prompt_tokens}; raise it or set data.task.on_too_long=cut"
+            )
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _decode(self, ids: Iterable[int]) -> str:
+        return str(
+            self.tokenizer.decode(
+                list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def _spans(self, text: str) -> list[tuple[int, int]]:
+        """Characters of each token; spread evenly where the tokenizer does not tell."""
+        if self.tokenizer.is_fast:
+            encoded = self.tokenizer(
+                text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
+            return [(start, end) for start, end in encoded["offset_mapping"]]
+        size = len(self._ids(text))
+        return [(i * len(text) // size, (i + 1) * len(text) // size) for i in range(size)]
+
+    # ---- Prompts --------------------------------------------------------------------------------
+
+    def preference_prompt(self, pair: Pair) -> Prompt:
+        """Which response is better: domain ``pref``, record = the pair.
+
+        Args:
+            pair: The comparison, in either order.
+        """
+        ids, was_cut = self._fit("pref", self._texts(pair))
+        if was_cut:
+            self._cut_pairs.add(pair.uid)
+            self.counts["cut"] = len(self._cut_pairs)
+        uid = f"{pair.uid}:{_order(pair)}:pref"
+        return Prompt(uid, ids, self, "pref", pair.label, pair)
+
+    def reflection_prompt(
+        self, pair: Pair, analyses: tuple[str, str], label: int | None = None, uid: str = ""
+    ) -> Prompt:
+        """Which analysis of the pair is better: domain ``refl``, record = (pair, analyses).
+
+        Args:
+            pair: The comparison that both analyses are about.
+            analyses: ``Verdict.analysis`` of two parsed outputs, slot 1 first.
+            label: Slot of the better analysis where known.
+            uid: Identity of the prompt; "" derives it from pair, order and analyses.
+        """
+        whole = [self._harmless(analysis) for analysis in analyses]
+        bound = self.max_analysis_tokens
+        kept = [
+            text if bound is None else self._cut(text, self._spans(text), bound) for text in whole
+        ]
+        ids, was_cut = self._fit("refl", [*self._texts(pair), *kept])
+        self.counts["cut_reflection"] += was_cut or kept != whole
+        uid = uid or f"{pair.uid}:{_order(pair)}:refl:{stable_hash(*analyses):016x}"
+        return Prompt(uid, ids, self, "refl", label, (pair, analyses))
+
+    def _texts(self, pair: Pair) -> list[str]:
+        return [self._harmless(text) for text in (pair.question, *pair.responses)]
+
+    def _harmless(self, text: str) -> str:
+        """Break up control tokens: data must not end a turn or open another."""
+        for token in self._control_strings:
+            text = text.replace(token, f"{token[0]} {token[1:]}" if len(token) > 1 else " ")
+        return text
+
+    def _encode(self, kind: str, texts: Sequence[str]) -> list[int]:
+        noun = _NOUNS[kind].lower()
+        ask = (
+            f"Judge which {noun} is better. Answer as <Analysis>why</Analysis><Result>"
+            f"{statement(kind, 1)}</Result> or the reverse.\n\n"
+        )
+        text = _TEMPLATES[kind].format(ask=ask, texts=texts)
+        text = f"{text}{self.control_token}\n" if self.control_token else text
+        if self.chat_template == "auto" and getattr(self.tokenizer, "chat_template", None):
+            chat = [{"role": "user", "content": text}]
+            text = str(
+                self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            )
+        return self._ids(text)
+
+    def _cut(self, text: str, spans: Sequence[tuple[int, int]], bound: int) -> str:
+        return cut_middle(text, spans, bound, len(self._ids(MARK)))
+
+    def _fit(self, kind: str, texts: Sequence[str]) -> tuple[tuple[int, ...], bool]:
+        """Token ids within ``max_prompt_tokens`` and whether a text had to be cut."""
+        if not self._template_tokens:
+            raise RuntimeError("bind a tokenizer to the task before making prompts")
+        ids = self._encode(kind, texts)
+        if len(ids) <= self.max_prompt_tokens:
+            return tuple(ids), False
+        spans = [self._spans(text) for text in texts]
+        budget = self.max_prompt_tokens - self._template_tokens[kind]
+        while True:
+            bound = share_budget([len(span) for span in spans], budget)
+            pieces = [self._cut(*both, bound) for both in zip(texts, spans, strict=True)]
+            ids = self._encode(kind, pieces)
+            over = len(ids) - self.max_prompt_tokens
+            if over <= 0:
+                return tuple(ids), True
+            # Merges across a seam can cost a token or two: give them back and try again.
+            budget -= over
+
+    # ---- Outputs --------------------------------------------------------------------------------
+
+    def parse(self, prompt: Prompt, completion: Completion) -> Verdict:
+        """Read the verdict of either kind of prompt by ``parse_answer``. Never raises.
+
+        Args:
+            prompt: What was asked; its domain tells the noun.
+            completion: What was written; one that did not end by itself is invalid.
+        """
+        if completion.finish_reason != FinishReason.STOP:
+            return Verdict(None, error=f"did not end by itself: {completion.finish_reason}")
+        try:
+            ids = list(completion.token_ids)
+            ends = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
+            ids = ids[:-1] if ids and ids[-1] in ends else ids
+            text = self._decode(ids)
+        except Exception as error:  # ids outside the vocabulary, in whatever way they fail
+            return Verdict(None, error=f"token ids that do not decode: {type(error).__name__}")
+        return parse_answer(text, prompt.domain)
+
+    def demonstrations(self, seed: int, step: int, count: int) -> list[Demonstration]:
+        """Examples of the output format from the train split, half of them reflections.
+
+        They teach the grammar, not judging: the analyses are generic, only the verdict is the
+        pair's. A pure function of its arguments; empty where no train pair has a label.
+
+        Args:
+            seed: Seed of the warm start.
+            step: Step of the warm start.
+            count: How many.
+        """
+        pairs = [pair for pair in self.records("train") if pair.label is not None]
+        rng = random.Random(f"demonstrations:{seed}:{step}")
+        return [
+            self._demonstrate(rng.choice(pairs), "refl" if index % 2 else "pref", rng)
+            for index in range(count if pairs else 0)
+        ]
+
+    def _demonstrate(self, pair: Pair, kind: str, rng: random.Random) -> Demonstration:
+        pair = pair.swap() if rng.random() < 0.5 else pair
+        assert pair.label is not None
+        winner = pair.label
+        if kind == "pref":
+            prompt = self.preference_prompt(pair)
+        else:
+            winner = rng.choice((1, 2))
+            sides = (pair.label, 3 - pair.label) if winner == 1 else (3 - pair.label, pair.label)
+            first, second = (rng.choice(_GENERIC_ANALYSES).format(f"Response {s}") for s in sides)
+            prompt = self.reflection_prompt(pair, (first, second), winner)
+        analysis = rng.choice(_GENERIC_ANALYSES).format(f"{_NOUNS[kind]} {winner}")
+        ids = self._ids(format_answer(kind, analysis, winner))
+        if self.tokenizer.eos_token_id is not None:
+            ids.append(self.tokenizer.eos_token_id)
+        return Demonstration(prompt.token_ids, tuple(ids), kind)
+
+
+def _order(pair: Pair) -> str:
+    return "21" if pair.swapped else "12"

@@ -1,0 +1,195 @@
+"""A causal language model whose head is fused with the log-probs that training needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lightning_modules.ops import LogprobEntropy, linear_logprob_entropy
+from lightning_modules.options import BackboneOptions, LoraOptions
+
+
+class CausalLM(nn.Module):
+    """Wraps a Hugging Face causal LM, or a PEFT model of one.
+
+    Called without ``targets`` it is that model (decoding, engines). Called with ``targets`` it
+    returns their log-probs without ever keeping logits. Both go through ``forward``, so sharded
+    parameters are gathered by the hooks of ``fully_shard`` either way.
+
+    Args:
+        model: The model to wrap.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def base(self) -> Any:
+        """The Hugging Face model itself, adapters or not."""
+        return self.model.get_base_model() if self.has_adapter else self.model
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether PEFT wraps the model."""
+        return hasattr(self.model, "peft_config")
+
+    @property
+    def config(self) -> Any:
+        """Configuration of the Hugging Face model."""
+        return self.base.config
+
+    @property
+    def generation_config(self) -> Any:
+        """Generation defaults of the Hugging Face model."""
+        return getattr(self.base, "generation_config", None)
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """Inside the block the model is its own frozen reference.
+
+        Raises:
+            ValueError: There is no adapter to switch off.
+        """
+        if not self.has_adapter:
+            raise ValueError("there is no adapter to switch off: use lora=default")
+        with self.model.disable_adapter():
+            yield
+
+    def generate(self, **kwargs: Any) -> Tensor:
+        """Hugging Face's ``generate``."""
+        return self.base.generate(**kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        targets: Tensor | None = None,
+        rows: Tensor | None = None,
+        columns: Tensor | None = None,
+        temperature: float = 1.0,
+        with_entropy: bool = True,
+        entropy_grad: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits as usual, or log-probs of the tokens at chosen positions.
+
+        Args:
+            input_ids: ``(N, L)``.
+            attention_mask: ``(N, L)`` or None.
+            targets: ``(K,)`` token ids to score; None runs the model as it is.
+            rows: ``(K,)`` sequence of each target.
+            columns: ``(K,)`` position whose hidden state predicts it.
+            temperature: Of the softmax.
+            with_entropy: Also the entropy at those positions.
+            entropy_grad: Whether gradients flow through it.
+            **kwargs: Of the model itself.
+
+        Returns:
+            The model's output, or ``LogprobEntropy`` with fields ``(K,)``.
+        """
+        if targets is None:
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        body = self.base.base_model
+        hidden = body(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        head = self.base.get_output_embeddings()
+        return linear_logprob_entropy(
+            hidden.last_hidden_state[rows, columns],
+            head.weight,
+            targets,
+            bias=getattr(head, "bias", None),
+            temperature=temperature,
+            with_entropy=with_entropy,
+            entropy_grad=entropy_grad,
+        )
+
+
+def completion_logprobs(
+    policy: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    prompt_lengths: Tensor,
+    mask: Tensor,
+    **options: Any,
+) -> LogprobEntropy:
+    """Log-probs of completion tokens in the layout of ``Experience``.
+
+    Args:
+        policy: A ``CausalLM``.
+        input_ids: ``(N, L)`` prompt then completion, padded on the right.
+        attention_mask: ``(N, L)``.
+        prompt_lengths: ``(N,)``.
+        mask: ``(N, T)`` True on completion tokens.
+        **options: Of ``CausalLM.forward``.
+
+    Returns:
+        Fields ``(N, T)``, zero where the mask is.
+    """
+    rows, places = mask.nonzero(as_tuple=True)
+    columns = prompt_lengths[rows] + places
+    padded = None if bool(attention_mask.all()) else attention_mask
+    flat = policy(
+        input_ids, padded, targets=input_ids[rows, columns], rows=rows, columns=columns - 1,
+        **options,
+    )
+
+    def spread(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        return values.new_zeros(mask.shape).index_put((rows, places), values)
+
+    return LogprobEntropy(spread(flat.logprob), spread(flat.entropy))
+
+
+def load_causal_lm(options: BackboneOptions, lora: LoraOptions | None = None) -> CausalLM:
+    """Load a folder or hub name, put adapters on it where asked.
+
+    Raises:
+        ValueError: The folder is missing or is no causal LM, or LoRA on the head.
+    """
+    dtype: Any = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    shared = {"trust_remote_code": options.trust_remote_code, "revision": options.revision or "main"}
+    try:
+        if options.random_init:
+            config = AutoConfig.from_pretrained(options.path, **shared)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=None if dtype == "auto" else dtype,
+                attn_implementation=options.attn_implementation,
+                trust_remote_code=options.trust_remote_code,
+            )
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                options.path, dtype=dtype, attn_implementation=options.attn_implementation, **shared
+            )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"backbone.path={options.path!r} cannot be loaded as a causal LM: {first}"
+        ) from error
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if lora is not None:
+        model = _add_lora(model, lora)
+    return CausalLM(model).train()  # transformers loads in eval mode
+
+
+def _add_lora(model: Any, lora: LoraOptions) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    targets = lora.target_modules
+    if not isinstance(targets, str) and any("lm_head" in name for name in targets):
+        raise ValueError("lora.target_modules names the head (lm_head); leave it out")
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,  # type: ignore[arg-type]
+            target_modules=targets, task_type="CAUSAL_LM",
+        ),
+    )
+

@@ -1,0 +1,101 @@
+"""Tiny backbones built in code: ordinary architectures, so plain tools load what we export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+PAD, UNK, EOS = "<pad>", "<unk>", "<eos>"
+
+
+@dataclass
+class TinyOptions:
+    """Shape of a small Qwen3.
+
+    Args:
+        hidden_size: Width.
+        intermediate_size: Width of the MLP.
+        num_layers: Decoder layers.
+        num_heads: Query heads.
+        num_kv_heads: Key and value heads.
+        head_dim: Width of a head.
+        max_positions: Longest sequence (tokens).
+        tie_embeddings: One matrix for input embeddings and head.
+    """
+
+    hidden_size: int = 64
+    intermediate_size: int = 192
+    num_layers: int = 3
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    head_dim: int = 16
+    max_positions: int = 2048
+    tie_embeddings: bool = False
+
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """One token a word, words parted by spaces."""
+    vocabulary = {word: index for index, word in enumerate([PAD, UNK, EOS, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, unk_token=UNK, eos_token=EOS
+    )
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte; every text can be encoded and decoded without loss."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {word: index for index, word in enumerate([PAD, UNK, EOS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("."), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, unk_token=UNK, eos_token=EOS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_tiny(
+    folder: str | Path, words: Sequence[str] | None, options: TinyOptions, seed: int
+) -> None:
+    """Write a random Qwen3 and its tokenizer as a Hugging Face folder.
+
+    Args:
+        folder: Where to.
+        words: Vocabulary of a word-level tokenizer; None makes a byte-level one.
+        options: Shape.
+        seed: Of the weights.
+    """
+    tokenizer = byte_tokenizer() if words is None else word_tokenizer(words)
+    config: Any = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=options.hidden_size,
+        intermediate_size=options.intermediate_size,
+        num_hidden_layers=options.num_layers,
+        num_attention_heads=options.num_heads,
+        num_key_value_heads=options.num_kv_heads,
+        head_dim=options.head_dim,
+        max_position_embeddings=options.max_positions,
+        tie_word_embeddings=options.tie_embeddings,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        use_cache=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

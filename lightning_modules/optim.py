@@ -1,0 +1,59 @@
+"""Optimizer and schedule from plain options."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from lightning_modules.functional.choices import check_choice
+from lightning_modules.options import OptimizerOptions
+
+
+def lr_factor(step: int, options: OptimizerOptions, total_steps: int) -> float:
+    """Factor on ``lr`` of optimizer step ``step`` (0 is the first)."""
+    if step < options.warmup_steps:
+        return (step + 1) / options.warmup_steps
+    if options.schedule == "constant":
+        return 1.0
+    span = max(1, total_steps - options.warmup_steps)
+    progress = min(1.0, (step - options.warmup_steps) / span)
+    low = options.final_fraction
+    if options.schedule == "linear":
+        return 1.0 + (low - 1.0) * progress
+    return low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def build_optimizer(
+    groups: Iterable[Mapping[str, Any]], options: OptimizerOptions, total_steps: int
+) -> dict[str, Any]:
+    """What ``configure_optimizers`` returns: the optimizer and a schedule stepped every step.
+
+    Raises:
+        ValueError: The class cannot be imported, or an unknown schedule.
+    """
+    check_choice("optimizer.schedule", options.schedule, ("constant", "linear", "cosine"))
+    module, _, name = options.class_path.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"optimizer.class_path={options.class_path!r} cannot be imported ({error}); "
+            f"use for example 'torch.optim.AdamW'"
+        ) from error
+    known = inspect.signature(cls).parameters
+    values: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay}
+    if "betas" in known:
+        values["betas"] = tuple(options.betas)
+    if "fused" in known:
+        values["fused"] = True
+    values |= options.extra
+    optimizer = cls([dict(group) for group in groups], **values)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_factor(step, options, total_steps)
+    )
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,288 @@
+"""PolicyModule: the training step of every policy-RL method, cut into six hooks.
+
+    rollout     prompts -> completions               (one flat sample; trees override this)
+    score       completions -> reward and its parts  (the task's verifier; judges override this)
+    annotate    old and reference log-probs, without gradient
+    advantages  reward -> one number a token
+    policy_loss log-probs and advantages -> loss a token
+    regularizer further loss a token (KL, entropy), or None
+
+A hook takes tensors or dataclasses and returns tensors plus metrics as sums and counts; it neither
+logs nor steps. The datamodule calls the first four when a new rollout is due; ``training_step``
+calls the last two and is a pure function of its batch. Lightning does the rest.
+
+Shape legend: ``N`` sequences, ``T`` completion tokens (padded), ``L`` prompt plus completion.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datamodules.engines.base import Engine, Sampling
+from datamodules.experience import Experience, FinishReason, Prompt, Rollouts
+from datamodules.loader import Rows
+from datamodules.rewards import RewardFunction
+from lightning_modules.backbones.causal_lm import completion_logprobs, load_causal_lm
+from lightning_modules.base import BaseModule, gather_objects
+from lightning_modules.functional.choices import check_choice
+from lightning_modules.functional.policy_losses import Aggregation, aggregate
+from lightning_modules.functional.sums import (
+    Metrics,
+    masked_sum_count,
+    means,
+    merge,
+    moments,
+)
+from lightning_modules.ops import LogprobEntropy
+
+
+class PolicyModule(BaseModule):
+    """The family of policy-RL methods.
+
+    Args:
+        samples_per_prompt: Group size G.
+        max_new_tokens: Most tokens a completion.
+        temperature: Of sampling, and of the softmax behind every log-prob of training.
+        loss_aggregation: ``token_mean``, ``sequence_mean`` or ``sequence_sum_const`` (see
+            ``functional.policy_losses.aggregate``), over the whole accumulation window.
+        needs_reference: Whether ``annotate`` computes log-probs of the frozen start policy.
+        annotate_batch_size: Sequences a forward pass without gradient.
+        with_entropy: Log the entropy of the policy (a little time in the head).
+        **kwargs: Of ``BaseModule``.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        samples_per_prompt: int = 8,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        loss_aggregation: Aggregation = "token_mean",
+        needs_reference: bool = False,
+        annotate_batch_size: int = 128,
+        with_entropy: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        check_choice("model.loss_aggregation", loss_aggregation,
+                     ("token_mean", "sequence_mean", "sequence_sum_const"))
+        problems = [
+            f"model.{name}={value} must be {bound}"
+            for name, value, is_right, bound in (
+                ("samples_per_prompt", samples_per_prompt, samples_per_prompt >= 1, "at least 1"),
+                ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+                ("temperature", temperature, temperature > 0, "above 0"),
+                ("annotate_batch_size", annotate_batch_size, annotate_batch_size >= 1,
+                 "at least 1"),
+            )
+            if not is_right
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
+        self.samples_per_prompt = samples_per_prompt
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.loss_aggregation: Aggregation = loss_aggregation
+        self.needs_reference = needs_reference
+        self.annotate_batch_size = annotate_batch_size
+        self.with_entropy = with_entropy
+        self.reference: Any = None
+        self._evaluation: dict[str, Metrics] = {}
+
+    def build(self) -> None:
+        """The policy and, where a KL needs it and no adapter can be switched off, a frozen copy."""
+        super().build()
+        if self.needs_reference and self.lora_options is None:
+            self.reference = load_causal_lm(self.backbone_options).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> PolicyModule:
+        """Train mode for everything but the frozen reference."""
+        super().train(mode)
+        if getattr(self, "reference", None) is not None:
+            self.reference.eval()
+        return self
+
+    # ------------------------------------------------------------------ hooks
+
+    def rollout(self, prompts: Sequence[Prompt], engine: Engine) -> Rollouts:
+        """Sample ``samples_per_prompt`` completions for each prompt."""
+        sampling = Sampling(
+            temperature=self.temperature,
+            samples=self.samples_per_prompt,
+            max_new_tokens=self.max_new_tokens,
+        )
+        return Rollouts.from_groups(prompts, engine.generate(prompts, sampling))
+
+    def score(self, rollouts: Rollouts, reward: RewardFunction) -> dict[str, Tensor]:
+        """Parts of the reward ``(N,)``; ``reward`` is the total."""
+        return reward(rollouts)
+
+    def annotate(self, rollouts: Rollouts) -> dict[str, Tensor | None]:
+        """``old_logprobs`` and ``ref_logprobs``, each ``(N, T)`` or None where not needed.
+
+        Old log-probs are recomputed by the trainer itself, not taken from the sampler. With one
+        update a rollout they equal the current ones, so no forward pass is spent on them.
+        """
+        old = None
+        if rollouts.num_updates > 1:
+            old = self.logprobs_without_grad(rollouts, self.policy)
+        ref = None
+        if self.needs_reference and self.reference is not None:
+            ref = self.logprobs_without_grad(rollouts, self.reference)
+        elif self.needs_reference:
+            with self.policy.adapter_off():
+                ref = self.logprobs_without_grad(rollouts, self.policy)
+        return {"old_logprobs": old, "ref_logprobs": ref}
+
+    @abstractmethod
+    def advantages(self, rollouts: Rollouts) -> tuple[Tensor, Metrics]:
+        """Advantages ``(N,)`` or ``(N, T)`` of scored rollouts, and metrics."""
+
+    @abstractmethod
+    def policy_loss(self, logprobs: Tensor, batch: Experience) -> tuple[Tensor, Metrics]:
+        """Loss a token ``(N, T)`` of log-probs ``(N, T)``, and metrics."""
+
+    def regularizer(
+        self, tokens: LogprobEntropy, batch: Experience
+    ) -> tuple[Tensor | None, Metrics]:
+        """A further loss a token ``(N, T)``, or None, and metrics."""
+        return None, {}
+
+    # ------------------------------------------------------------------ the step
+
+    def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
+        """Loss of one micro-batch: a pure function of the batch and the weights."""
+        tokens = completion_logprobs(
+            self.policy, batch.input_ids, batch.attention_mask, batch.prompt_lengths, batch.mask,
+            temperature=self.temperature, with_entropy=self.with_entropy,
+        )
+        per_token, metrics = self.policy_loss(tokens.logprob, batch)
+        self.record({f"train/{name}": value for name, value in metrics.items()})
+        penalty, metrics = self.regularizer(tokens, batch)
+        self.record({f"train/{name}": value for name, value in metrics.items()})
+        if penalty is not None:
+            per_token = per_token + penalty
+        # Lightning divides by the window's micro-batches; the denominators are the window's own
+        loss = batch.window_size * aggregate(
+            per_token, batch.mask, mode=self.loss_aggregation,
+            num_tokens=batch.window_tokens or None, num_sequences=batch.window_sequences or None,
+            max_length=self.max_new_tokens,
+        )
+        self.record(self._step_metrics(loss, tokens, batch))
+        return loss
+
+    def _step_metrics(self, loss: Tensor, tokens: LogprobEntropy, batch: Experience) -> Metrics:
+        size = batch.window_size
+        lag = float(self.trainer.global_step - batch.policy_version) if self._trainer else 0.0
+        gap = (tokens.logprob.detach() - batch.sampler_logprobs).abs()
+        metrics: Metrics = {
+            "train/loss": (loss.detach() / size, 1.0 / size),
+            "train/policy_lag": (lag, 1.0),
+            "train/sampler_logprob_gap": masked_sum_count(gap, batch.mask),
+        }
+        if tokens.entropy is not None:
+            metrics["train/entropy"] = masked_sum_count(tokens.entropy, batch.mask)
+        return metrics
+
+    def logprobs_without_grad(self, rollouts: Rollouts, policy: Any) -> Tensor:
+        """Log-probs ``(N, T)`` of completions under ``policy``, in batches, on the CPU."""
+        full = rollouts.batch()
+        was_training = policy.training
+        policy.eval()
+        pieces = []
+        for start in range(0, len(full), self.annotate_batch_size):
+            rows = torch.arange(start, min(start + self.annotate_batch_size, len(full)))
+            piece = full.select(rows)
+            result = completion_logprobs(
+                policy, piece.input_ids.to(self.device), piece.attention_mask.to(self.device),
+                piece.prompt_lengths.to(self.device), piece.mask.to(self.device),
+                temperature=self.temperature, with_entropy=False,
+            ).logprob
+            width = full.mask.shape[1] - result.shape[1]
+            pieces.append(torch.nn.functional.pad(result.detach().float().cpu(), (0, width)))
+        policy.train(was_training)
+        return torch.cat(pieces)
+
+    # ------------------------------------------------------------------ metrics of rollouts
+
+    def rollout_metrics(self, rollouts: Rollouts) -> dict[str, Any]:
+        """What is logged of every rollout, overall and for each domain."""
+        completions, reward = rollouts.completions, rollouts.reward
+        assert reward is not None
+        length = torch.tensor([float(len(c.token_ids)) for c in completions])
+        cut = torch.tensor([c.finish_reason is not FinishReason.STOP for c in completions])
+        metrics: dict[str, Any] = {"rollout/truncated": masked_sum_count(cut)}
+        metrics |= moments("rollout/reward", reward) | moments("rollout/length", length)
+        domains = [prompt.domain for prompt in rollouts.prompts]
+        for domain in sorted(set(domains)):
+            mask = torch.tensor([name == domain for name in domains])
+            for name, value in (rollouts.parts | {"length": length, "truncated": cut}).items():
+                if name == "reward":
+                    metrics |= moments(f"rollout/reward/{domain}", value, mask)
+                else:
+                    metrics[f"rollout/{name}/{domain}"] = masked_sum_count(value, mask)
+        return metrics
+
+    # ------------------------------------------------------------------ evaluation
+
+    def validation_step(self, batch: Rows, batch_idx: int) -> None:
+        """Evaluate one batch of records."""
+        self.add_evaluation(self.evaluate(batch, "val"))
+
+    def test_step(self, batch: Rows, batch_idx: int) -> None:
+        """Evaluate one batch of records."""
+        self.add_evaluation(self.evaluate(batch, "test"))
+
+    def evaluate(self, batch: Rows, split: str) -> dict[str, Metrics]:
+        """Greedy completions of a batch of records, verified: ``reward`` and the other parts."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        prompts = [data.task.prompt(record) for record in batch.items]
+        data.engine.sync(self.policy, self.global_step)
+        sampling = Sampling(temperature=0.0, max_new_tokens=self.max_new_tokens)
+        groups = data.engine.generate(prompts, sampling)
+        rollouts = Rollouts.from_groups(prompts, groups)
+        counted = torch.tensor(batch.counted)
+        parts = self.score(rollouts, data.reward)
+        return {"": {name: masked_sum_count(value, counted) for name, value in parts.items()}}
+
+    def add_evaluation(self, metrics: dict[str, Metrics]) -> None:
+        """Add metrics of a batch: arm (\"\" for none) -> name -> (sum, count)."""
+        for arm, values in metrics.items():
+            self._evaluation[arm] = merge(self._evaluation.get(arm, {}), values)
+
+    def finish_evaluation(self, split: str) -> dict[str, float]:
+        """Close an evaluation over all ranks: ``split[/arm]/name`` -> mean."""
+        own = {
+            f"{split}/{arm}/{name}" if arm else f"{split}/{name}": (float(total), float(count))
+            for arm, values in self._evaluation.items()
+            for name, (total, count) in values.items()
+        }
+        self._evaluation = {}
+        merged: Metrics = {}
+        for other in gather_objects(own):
+            merged = merge(merged, other)
+        return means(merged)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation at the current step."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test at the current step."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, split: str) -> dict[str, float]:
+        values = self.finish_evaluation(split)
+        if not self.trainer.sanity_checking:
+            for logger in self.trainer.loggers:
+                logger.log_metrics(values, step=self.trainer.global_step)
+        self.log_dict(values, logger=False)
+        return values

@@ -1,0 +1,1 @@
+"""Around a run: its folder, the checks of its config, closing tables and reports."""

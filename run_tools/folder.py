@@ -1,0 +1,99 @@
+"""The run folder: who owns it, what is in it, and whether a run goes on in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class RunFolder:
+    """A folder of one run.
+
+    Args:
+        path: The folder.
+        metrics: Of a finished run that is not run again, else None.
+        checkpoint: To go on from, else None.
+    """
+
+    path: Path
+    metrics: dict[str, Any] | None = None
+    checkpoint: Path | None = None
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, resume: bool, overwrite: bool, is_writer: bool = True
+    ) -> RunFolder:
+        """Take a folder for a run.
+
+        Args:
+            path: The folder.
+            resume: Go on with what is there; a finished run gives its metrics.
+            overwrite: Remove what is there.
+            is_writer: Whether this is rank 0; others only look.
+
+        Raises:
+            FileExistsError: The folder holds a run and neither was asked for.
+        """
+        folder = cls(Path(path))
+        last = folder.path / "checkpoints" / "last.ckpt"
+        if overwrite and is_writer and folder.path.exists():
+            shutil.rmtree(folder.path)
+        if resume:
+            if folder.metrics_path.is_file():
+                folder.metrics = json.loads(folder.metrics_path.read_text())
+            elif last.is_file():
+                folder.checkpoint = last
+        elif is_writer and folder.path.exists() and any(folder.path.iterdir()):
+            state = "a finished" if folder.metrics_path.is_file() else "an unfinished"
+            raise FileExistsError(
+                f"{folder.path} holds {state} run: go on with resume=auto, replace it with "
+                f"overwrite=true, or choose another run_id=<name>"
+            )
+        if is_writer:
+            folder.path.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @property
+    def metrics_path(self) -> Path:
+        """Written last: its existence means that the run is finished."""
+        return self.path / "metrics.json"
+
+    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        """Write a JSON file whole or not at all."""
+        target = self.path / name
+        unfinished = target.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
+        os.replace(unfinished, target)
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of this run, None where it is not there."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.is_file() else None
+
+
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Keys whose values differ between two nested configs, as ``key (old -> new)``."""
+    old, new = flatten(before), flatten(now)
+    return [
+        f"{key} ({old.get(key)!r} -> {new.get(key)!r})"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping -> dotted keys."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{key}.")
+        else:
+            flat[key] = value
+    return flat

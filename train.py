@@ -1,0 +1,267 @@
+"""One command for every method: ``python train.py model=reflectrm``; ``--help`` says more.
+
+The story of a run: check the config -> own a run folder -> seed -> data, backbone, module,
+callbacks, loggers, trainer -> fit and test -> arms to compare with -> metrics and closing table.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning.pytorch as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from omegaconf import DictConfig, OmegaConf, open_dict
+from transformers.utils import logging as hf_logging
+
+from callbacks.progress import RunProgressBar
+from callbacks.throughput import peak_gib
+from lightning_modules.backbones.prepare import WarmStartOptions, prepare_tiny
+from lightning_modules.backbones.tiny import TinyOptions
+from lightning_modules.options import BackboneOptions, LoraOptions, OptimizerOptions
+from run_tools.checkpoints import backbone_of_checkpoint
+from run_tools.checks import check_node, check_options, check_run
+from run_tools.folder import RunFolder, changed_keys, flatten
+from run_tools.messages import explain
+
+from run_tools.table import print_table
+
+CONF = Path(__file__).resolve().parent / "conf"
+
+
+def plain(config: Any) -> Any:
+    """A config node as plain containers, interpolations resolved."""
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+def check(config: DictConfig) -> None:
+    """Refuse a config with wrong names, types or contradictions; all problems at once.
+
+    Raises:
+        ValueError: Names every key, its value and what is allowed.
+    """
+    values = plain(config)
+    problems = check_run(values)
+    values["trainer"] = trainer_values(values["trainer"], window=1)
+    problems += [p for group in ("data", "model", "callbacks", "logger", "trainer")
+                 for p in check_node(group, values[group])]
+    backbone = dict(values["backbone"])
+    for name, cls in (("tiny", TinyOptions), ("warm_start", WarmStartOptions)):
+        problems += check_options(f"backbone.{name}", backbone.pop(name, None) or {}, cls)
+    backbone["path"] = backbone["path"] or ""
+    lora = {k: v for k, v in values["lora"].items() if k != "enabled"}
+    problems += check_options("backbone", backbone, BackboneOptions)
+    problems += check_options("lora", lora, LoraOptions)
+    problems += check_options("optimizer", values["optimizer"], OptimizerOptions)
+    if problems:
+        raise ValueError("; ".join(dict.fromkeys(problems)))
+
+
+def trainer_values(values: dict[str, Any], window: int) -> dict[str, Any]:
+    """The Trainer's own keys; the accumulation window comes from the data unless it is given."""
+    own = {key: value for key, value in values.items() if key != "num_threads"}
+    if own["accumulate_grad_batches"] is None:
+        own["accumulate_grad_batches"] = window
+    return own
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Do what ``config`` says and return its flat metrics. Tests call this."""
+    OmegaConf.resolve(seeded := config.copy())
+    if config.mode == "report":
+        from run_tools.report import report
+
+        return report(config.report.claim, config.output_dir, config.report.folder, CONF)
+    is_fit = config.mode in ("fit", "fit_test")
+    parts = [config.claim.name, config.claim.arm] if config.claim.name else [seeded.name]
+    path = Path(seeded.output_dir, *parts, seeded.run_id)
+    with open_dict(config):
+        config.run_dir = str(path if is_fit else path / config.mode)
+        config.predictions = config.predictions or f"{config.run_dir}/predictions.jsonl"
+    check(config)
+    is_writer = rank_zero_only.rank == 0
+    folder = RunFolder.open(
+        config.run_dir, resume=config.resume == "auto" or not is_fit,
+        overwrite=config.overwrite, is_writer=is_writer,
+    )
+    if folder.metrics is not None and is_fit:
+        rank_zero_warn(f"{folder.path} is finished: its metrics are returned (overwrite=true runs "
+                       f"it again)")
+        return folder.metrics
+    start = time.perf_counter()
+    before = folder.path / "config.yaml"
+    if folder.checkpoint is not None and before.is_file():
+        then = OmegaConf.load(before)
+        changed = changed_keys(plain(then), plain(config))
+        changed = [c for c in changed if not c.startswith(("resume ", "overwrite ", "compare "))]
+        if changed:
+            rank_zero_warn(f"resume=auto goes on with changed keys: {', '.join(changed)}")
+    if is_writer:
+        OmegaConf.save(config, before, resolve=True)
+    metrics = run_one(config, folder)
+    for arm in config.compare if is_fit else []:
+        metrics |= run_arm(config, arm)
+    metrics |= {"seed": config.seed, "model": config.name, "time/wall_s": time.perf_counter() - start,
+                "mem/peak_gib": peak_gib()}
+    if is_writer:
+        folder.write_json("metrics.json" if is_fit else f"{config.mode}.json", metrics)
+        print_table(f"{'/'.join(parts)} ({config.mode}, seed {config.seed})", metrics, config.table,
+                    [f"run folder: {folder.path}",
+                     f"TensorBoard: tensorboard --logdir {config.output_dir}"])
+    return metrics
+
+
+def run_arm(config: DictConfig, arm: str) -> dict[str, Any]:
+    """Train a further arm of this run in its sub-folder; its rows are ``test/<arm>/...``."""
+    changed = OmegaConf.merge(config, OmegaConf.from_dotlist(list(config.arms[arm])))
+    with open_dict(changed):
+        changed.compare, changed.test_base, changed.table = [], False, []
+        changed.output_dir, changed.name = config.run_dir, "arms"
+        changed.claim = {"name": None, "arm": None}
+        changed.run_id, changed.resume, changed.overwrite = arm, "auto", False
+        changed.callbacks.progress.label = arm
+        changed.predictions = None
+    values = run(changed)
+    return {f"test/{arm}/{tag[5:]}": v for tag, v in values.items() if tag.startswith("test/")}
+
+
+def run_one(config: DictConfig, folder: RunFolder) -> dict[str, Any]:
+    """Build everything, then fit, test, validate or predict."""
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    if config.trainer.num_threads:
+        torch.set_num_threads(config.trainer.num_threads)
+    data = instantiate(config.data, _convert_="all")
+    backbone = prepare_backbone(config, data)
+    data.prepare(backbone["path"], config.cache_dir, plain(config.data.task),
+                 for_training=config.mode.startswith("fit"))
+    module = build_module(config, backbone)
+    module.task_name = data.task.name
+    trainer = build_trainer(config, data, folder)
+    metrics: dict[str, Any] = {}
+    checkpoint = str(folder.checkpoint or config.ckpt_path or "") or None
+    options = {"datamodule": data, "weights_only": True}
+    if config.mode in ("fit", "fit_test"):
+        if config.mode == "fit_test" and config.test_base:
+            base = folder.read_json("base.json")
+            if base is None:
+                base = trainer.test(module, datamodule=data, verbose=False)[0]
+                if trainer.is_global_zero:
+                    folder.write_json("base.json", base)
+            metrics |= {f"test/base/{tag[5:]}": value for tag, value in base.items()}
+        began = time.perf_counter()
+        trainer.fit(module, ckpt_path=checkpoint, **options)
+        metrics |= {"time/train_s": time.perf_counter() - began, "steps": trainer.global_step,
+                    "bad_steps": module.bad_steps}
+        metrics |= {tag: float(value) for tag, value in trainer.callback_metrics.items()
+                    if tag.startswith(("train/", "val/", "rollout/", "perf/"))}
+        if config.mode == "fit_test":
+            metrics |= trainer.test(module, datamodule=data, verbose=False)[0]
+    elif config.mode == "predict":
+        trainer.predict(module, ckpt_path=checkpoint, **options)
+        print(f"predictions: {config.predictions}")
+    else:
+        evaluate = trainer.test if config.mode == "test" else trainer.validate
+        metrics |= evaluate(module, ckpt_path=checkpoint, verbose=False, **options)[0]
+    log_hyperparameters(config, trainer, metrics)
+    return metrics
+
+
+def prepare_backbone(config: DictConfig, data: Any) -> dict[str, Any]:
+    """Plain options of the backbone to start from: a path, a checkpoint's own, or a tiny one."""
+    options = plain(config.backbone)
+    tiny, warm_start = options.pop("tiny"), options.pop("warm_start")
+    if not options["path"] and config.ckpt_path and not config.mode.startswith("fit"):
+        options |= {"path": str(backbone_of_checkpoint(config.ckpt_path, config.cache_dir)),
+                    "random_init": True}
+    if not options["path"]:
+        options["path"] = str(prepare_tiny(
+            data.task, tiny=tiny, warm_start=warm_start, task_settings=plain(config.data.task),
+            seed=config.seed, cache_dir=config.cache_dir,
+            callbacks=[RunProgressBar(label="warm start")],
+        ))
+    return options
+
+
+def build_module(config: DictConfig, backbone: dict[str, Any]) -> Any:
+    """The LightningModule from plain values."""
+    lora = plain(config.lora)
+    enabled = lora.pop("enabled")
+    return instantiate(config.model, backbone=backbone, optimizer=plain(config.optimizer),
+                       lora=lora if enabled else None, _recursive_=False, _convert_="all")
+
+
+def build_trainer(config: DictConfig, data: Any, folder: RunFolder) -> pl.Trainer:
+    """Lightning's Trainer with the named callbacks and loggers."""
+    callbacks = [instantiate(c) for c in config.callbacks.values() if c is not None]
+    loggers = []
+    for logger in config.logger.values():
+        extra: dict[str, Any] = {}
+        if folder.checkpoint is not None and "TensorBoard" in logger._target_:
+            step = torch.load(folder.checkpoint, weights_only=True, mmap=True)["global_step"]
+            extra = {"purge_step": step + 1}  # what a killed run logged after its checkpoint
+        loggers.append(instantiate(logger, **extra))
+    values = trainer_values(plain(config.trainer), getattr(data, "window", 1))
+    return instantiate(values, callbacks=callbacks, logger=loggers,
+                       default_root_dir=config.run_dir, _convert_="all")
+
+
+@rank_zero_only
+def log_hyperparameters(config: DictConfig, trainer: pl.Trainer, metrics: dict[str, Any]) -> None:
+    """The flat config with the final metrics, for TensorBoard's HParams tab."""
+    numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float))}
+    for logger in trainer.loggers:
+        if isinstance(logger, pl.loggers.TensorBoardLogger):
+            logger.log_hyperparams(flatten(plain(config)), numbers)
+            logger.finalize("success")
+
+
+def quiet() -> None:
+    """Leave the terminal to our own lines."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    hf_logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for text in (".*LeafSpec.*", ".*does not have many workers.*", ".*smaller than the logging.*"):
+        warnings.filterwarnings("ignore", message=text)
+
+
+_FAULTS: list[Exception] = []  # of a single run, so that Hydra prints nothing around them
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+def _hydra_main(config: DictConfig) -> None:
+    quiet()
+    try:
+        run(config)
+    except Exception as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        _FAULTS.append(error)
+
+
+def main() -> None:
+    """Command line: one clear line for what the user did wrong, a traceback for our own faults."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        _hydra_main()
+        if _FAULTS:
+            raise _FAULTS[0]
+    except Exception as error:
+        message = explain(error, CONF)
+        if message is None or any(word.startswith("debug=") for word in sys.argv):
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
