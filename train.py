@@ -154,7 +154,8 @@ def run_one(config: DictConfig, folder: RunFolder) -> dict[str, Any]:
         if config.mode == "fit_test" and config.test_base:
             base = folder.read_json("base.json")
             if base is None:
-                base = trainer.test(module, datamodule=data, verbose=False)[0]
+                trainer.test(module, datamodule=data, verbose=False)
+                base = {k: v for k, v in module.results.items() if k.startswith("test/")}
                 if trainer.is_global_zero:
                     folder.write_json("base.json", base)
             metrics |= {f"test/base/{tag[5:]}": value for tag, value in base.items()}
@@ -162,16 +163,16 @@ def run_one(config: DictConfig, folder: RunFolder) -> dict[str, Any]:
         trainer.fit(module, ckpt_path=checkpoint, **options)
         metrics |= {"time/train_s": time.perf_counter() - began, "steps": trainer.global_step,
                     "bad_steps": module.bad_steps}
-        metrics |= {tag: float(value) for tag, value in trainer.callback_metrics.items()
-                    if tag.startswith(("train/", "val/", "rollout/", "perf/"))}
         if config.mode == "fit_test":
-            metrics |= trainer.test(module, datamodule=data, verbose=False)[0]
+            trainer.test(module, datamodule=data, verbose=False)
+        metrics |= module.results
     elif config.mode == "predict":
         trainer.predict(module, ckpt_path=checkpoint, **options)
         print(f"predictions: {config.predictions}")
     else:
         evaluate = trainer.test if config.mode == "test" else trainer.validate
-        metrics |= evaluate(module, ckpt_path=checkpoint, verbose=False, **options)[0]
+        evaluate(module, ckpt_path=checkpoint, verbose=False, **options)
+        metrics |= module.results
     log_hyperparameters(config, trainer, metrics)
     return metrics
 

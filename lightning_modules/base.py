@@ -71,6 +71,8 @@ class BaseModule(LightningModule):
         self.bad_steps = 0
         self.strict_loading = False  # our own check in on_load_checkpoint is stricter and clearer
         self.task_name = ""
+        #: Newest value of every logged tag, in full precision.
+        self.results: dict[str, float] = {}
         self._window: Metrics = {}
         self._summaries: dict[str, Summary] = {}
         self._logged_step = 0
@@ -188,6 +190,7 @@ class BaseModule(LightningModule):
         self._logged_step = step
         values = self.reduce_window()
         values["train/bad_steps"] = float(self.bad_steps)
+        self.results |= values
         for logger in self.trainer.loggers:
             logger.log_metrics(values, step=step)
         self.log_dict(values, logger=False)  # for callbacks that monitor a tag

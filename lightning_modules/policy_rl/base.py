@@ -281,6 +281,7 @@ class PolicyModule(BaseModule):
 
     def _log_evaluation(self, split: str) -> dict[str, float]:
         values = self.finish_evaluation(split)
+        self.results |= values
         if not self.trainer.sanity_checking:
             for logger in self.trainer.loggers:
                 logger.log_metrics(values, step=self.trainer.global_step)

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from datamodules.sources import nearest, read_preference_pairs, read_rows, scan_rows, stable_hash
+from datamodules.preference_rows import read_preference_pairs
+from datamodules.sources import nearest, read_rows, scan_rows, stable_hash
 from datamodules.tasks.base import Pair
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
