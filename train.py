@@ -116,9 +116,18 @@ def run(config: DictConfig) -> dict[str, Any]:
     if is_writer:
         folder.write_json("metrics.json" if is_fit else f"{config.mode}.json", metrics)
         print_table(f"{'/'.join(parts)} ({config.mode}, seed {config.seed})", metrics, config.table,
-                    [f"run folder: {folder.path}",
-                     f"TensorBoard: tensorboard --logdir {config.output_dir}"])
+                    config.table_rows, footer_lines(config, folder))
     return metrics
+
+
+def footer_lines(config: DictConfig, folder: RunFolder) -> list[str]:
+    """Where things are and what to type next; nothing for an arm of another run."""
+    if not config.table:
+        return []
+    last = folder.path / "checkpoints" / "last.ckpt"
+    return [f"run folder:  {folder.path}",
+            f"TensorBoard: tensorboard --logdir {config.output_dir}",
+            f"test again:  python train.py model={config.name} mode=test ckpt_path={last}"]
 
 
 def run_arm(config: DictConfig, arm: str) -> dict[str, Any]:
@@ -154,7 +163,7 @@ def run_one(config: DictConfig, folder: RunFolder) -> dict[str, Any]:
         if config.mode == "fit_test" and config.test_base:
             base = folder.read_json("base.json")
             if base is None:
-                trainer.test(module, datamodule=data, verbose=False)
+                trainer.test(module, verbose=False, **options)
                 base = {k: v for k, v in module.results.items() if k.startswith("test/")}
                 if trainer.is_global_zero:
                     folder.write_json("base.json", base)
@@ -164,7 +173,7 @@ def run_one(config: DictConfig, folder: RunFolder) -> dict[str, Any]:
         metrics |= {"time/train_s": time.perf_counter() - began, "steps": trainer.global_step,
                     "bad_steps": module.bad_steps}
         if config.mode == "fit_test":
-            trainer.test(module, datamodule=data, verbose=False)
+            trainer.test(module, verbose=False, **options)
         metrics |= module.results
     elif config.mode == "predict":
         trainer.predict(module, ckpt_path=checkpoint, **options)
@@ -231,7 +240,7 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     hf_logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    for text in (".*LeafSpec.*", ".*does not have many workers.*", ".*smaller than the logging.*"):
+    for text in (".*LeafSpec.*", ".*module.s. in eval mode.*", ".*does not have many workers.*", ".*smaller than the logging.*"):
         warnings.filterwarnings("ignore", message=text)
 
 

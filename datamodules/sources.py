@@ -1,6 +1,7 @@
 """Rows of files and data sets; every bad row is named.
 
-Preference pairs are made of them in ``preference_rows``. Nothing here is executed or evaluated: rows are data. All errors are ``ValueError``.
+Preference pairs are made of them in ``preference_rows``. Nothing here is executed or evaluated:
+rows are data. All errors are ``ValueError``.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_modules.backbones.causal_lm import CausalLM, load_causal_lm
-from lightning_modules.backbones.export import export_hf
+from lightning_modules.backbones.export import backbone_files, export_hf
 from lightning_modules.backbones.sharding import shard
 from lightning_modules.functional.sums import Metrics, Summary, merge, merge_summaries, means
 from lightning_modules.functional.sums import summary_scalars
@@ -77,6 +77,7 @@ class BaseModule(LightningModule):
         self._summaries: dict[str, Summary] = {}
         self._logged_step = 0
         self._last_batch: Any = None
+        self._files: dict[str, str] | None = None
 
     # ------------------------------------------------------------------ building and sharding
 
@@ -237,7 +238,15 @@ class BaseModule(LightningModule):
             "task": self.task_name,
             "architecture": type(self.policy.base).__name__ if self.policy else "",
             "bad_steps": self.bad_steps,
+            "files": self._backbone_files(),
         }
+
+    def _backbone_files(self) -> dict[str, str]:
+        """Configuration and tokenizer as texts, so that a checkpoint needs no other folder."""
+        if self._files is None and self.policy is not None:
+            self._files = backbone_files(self.backbone_options.path)
+            self._files["config.json"] = self.policy.config.to_json_string(use_diff=False)
+        return self._files or {}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model before anything is loaded.

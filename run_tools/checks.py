@@ -27,6 +27,7 @@ class RunOptions:
     test_base: bool
     compare: list[str]
     table: list[str]
+    table_rows: list[str]
     cache_dir: str
     predictions: str | None
 

@@ -96,7 +96,9 @@ class ClaimOptions:
             metrics = sorted({m for row, m in found if self.rows is None or row in self.rows})
         if rows is None:
             rows = sorted({row for row, metric in found if metric in metrics})
-        pairs = [(label, _state(first), _state(second)) for label, first, second in self.pairs or []]
+        pairs = [
+            (label, _state(first), _state(second)) for label, first, second in self.pairs or []
+        ]
         if self.pairs is None or self.baseline_arm is not None:
             base = self.baseline_arm or min(arms)
             pairs += [
@@ -127,11 +129,13 @@ class Shown:
     def measured(self, arms: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> tuple[Shown, str]:
         """The same without what no run holds, and a line that names it (empty if nothing)."""
         found = found_cells(arms)
+        used = [row for _, *sides in self.pairs for _, row in sides if row not in self.rows]
         tags = {tag for runs in arms.values() for run in runs.values() for tag in run}
         kinds: list[tuple[str, list[str], Iterable[str]]] = [
             ("metrics", self.metrics, {metric for _, metric in found}),
             ("rows", self.rows, {row for row, _ in found}),
             ("extra", self.extra, tags),
+            ("pairs of rows", list(dict.fromkeys(used)), {row for row, _ in found}),
         ]
         kept, missing = {}, []
         for kind, wanted, known in kinds:
@@ -141,6 +145,7 @@ class Shown:
                 for name in wanted
                 if name not in known
             ]
+        kept.pop("pairs of rows")
         line = f"in no run: {', '.join(missing)}" if missing else ""
         return replace(self, **kept), line
 

@@ -24,7 +24,9 @@ class Table:
     def markdown(self) -> str:
         """As a Markdown table."""
         rule = ["---" if index < self.left else "---:" for index in range(len(self.head))]
-        cells = [[text.replace("|", "\\|") for text in row] for row in [self.head, rule, *self.body]]
+        cells = [
+            [text.replace("|", "\\|") for text in row] for row in [self.head, rule, *self.body]
+        ]
         return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
@@ -43,7 +45,7 @@ class Page:
         commands: That made the runs and the page.
         seconds: Of each run that recorded its time.
         num_runs: Finished runs.
-        figure: File name of the figure, empty for none.
+        figure: File name of the figure.
     """
 
     claim: str
@@ -56,7 +58,7 @@ class Page:
     commands: list[str]
     seconds: list[float]
     num_runs: int
-    figure: str = ""
+    figure: str
 
     def markdown(self) -> str:
         """The page; the same parts give the same bytes."""
@@ -72,8 +74,7 @@ class Page:
             f"Mean {pm} standard error over seeds; (n=...) where a cell has fewer seeds than its "
             f"row."
         )
-        if self.figure:
-            parts.append(f"![Means and standard errors by arm and inference]({self.figure})")
+        parts.append(f"![Means and standard errors by arm and inference]({self.figure})")
         if self.paired.body:
             parts += ["## Paired differences", self.paired.markdown()]
             parts.append(
@@ -104,14 +105,14 @@ def print_page(title: str, page: Page, footer: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table as RichTable
 
-    console = Console()
-    if not console.is_terminal:  # a file or a pipe: nothing is wrapped
-        console = Console(width=240)
+    # in a file or a pipe nothing is wrapped
+    width = None if Console().is_terminal else 240
+    console = Console(width=width, markup=False, emoji=False, highlight=False)
     table = RichTable(title=title)
     for index, name in enumerate(page.main.head):
         table.add_column(name, justify="left" if index < page.main.left else "right")
     for row in page.main.body:
         table.add_row(*row)
-    console.print(table, markup=False)
+    console.print(table)
     for line in [*(f"note: {note}" for note in page.notes), *footer]:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        console.print(line, soft_wrap=True)

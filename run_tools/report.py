@@ -146,19 +146,21 @@ def report(
         for metric in shown.metrics
         if (values := values_of(runs, tag_of(row, metric)))
     }
+    if not cells:
+        raise ValueError(
+            f"report.claim={name}: {unmeasured or 'the runs hold no test/... metrics'}"
+        )
     text = source / "README.md"
     Path(folder).mkdir(parents=True, exist_ok=True)
     target, image = Path(folder, f"{name}.md"), Path(folder, f"{name}.png")
-    if cells:
-        drawn = [m for m in shown.metrics if any(key[2] == m for key in cells)][:2]
-        draw_claim(
-            image,
-            f"{name}: mean and standard error over seeds",
-            cells,
-            arms=sorted({arm for arm, _, _ in cells}),
-            rows=[row for row in shown.rows if any(key[1] == row for key in cells)],
-            metrics=drawn,
-        )
+    draw_claim(
+        image,
+        f"{name}: mean and standard error over seeds",
+        cells,
+        arms=sorted({arm for arm, _, _ in cells}),
+        rows=[row for row in shown.rows if any(key[1] == row for key in cells)],
+        metrics=[m for m in shown.metrics if any(key[2] == m for key in cells)][:2],
+    )
     page = Page(
         claim=name,
         text=text.read_text(encoding="utf-8") if text.is_file() else "",
@@ -170,12 +172,12 @@ def report(
         commands=_commands(name, arms, output_dir),
         seconds=[s for runs in arms.values() for s in values_of(runs, "time/wall_s").values()],
         num_runs=sum(len(runs) for runs in arms.values()),
-        figure=image.name if cells else "",
+        figure=image.name,
     )
     unfinished = target.with_suffix(".unfinished")
     unfinished.write_text(page.markdown(), encoding="utf-8")
     os.replace(unfinished, target)
-    print_page(f"claim {name}", page, [f"page: {target}", *([f"figure: {image}"] if cells else [])])
+    print_page(f"claim {name}", page, [f"page: {target}", f"figure: {image}"])
     means = {"/".join(part for part in key if part): c.mean for key, c in cells.items()}
     return means | {f"{arm}/seeds": float(len(runs)) for arm, runs in sorted(arms.items())}
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 
-def arm_rows(metrics: Mapping[str, Any], columns: Sequence[str]) -> list[tuple[str, list[Any]]]:
-    """Rows of the closing table, in the order of the metrics.
+def arm_rows(
+    metrics: Mapping[str, Any], columns: Sequence[str], rows: Sequence[str] = ()
+) -> list[tuple[str, list[Any]]]:
+    """Rows of the closing table.
 
     Args:
         metrics: Flat metrics, such as ``test/greedy/accuracy`` or ``test/rft/accuracy``.
         columns: Metric names.
+        rows: Names or patterns of the rows wanted, in their order (``base``, ``*/maj8``); none
+            means all, in the order of the metrics. The run itself is ``""``.
 
     Returns:
         ``(arm, values)``; values are None where an arm lacks a metric.
@@ -21,30 +26,30 @@ def arm_rows(metrics: Mapping[str, Any], columns: Sequence[str]) -> list[tuple[s
         parts = tag.split("/")
         if parts[0] == "test" and parts[-1] in columns:
             arms.setdefault("/".join(parts[1:-1]), {})[parts[-1]] = value
-    # the run itself is named by its inference arms where it has any
-    if len(arms) > 1 and any(arms.get("greedy") == arms.get("") for _ in [0]):
-        arms.pop("", None)
-    rows = [
-        (arm or "this run", [values.get(name) for name in columns]) for arm, values in arms.items()
-    ]
-    return [row for row in rows if any(value is not None for value in row[1])]
+    wanted = [arm for pattern in rows for arm in arms if fnmatchcase(arm, pattern)]
+    names = list(dict.fromkeys(wanted)) if rows else list(arms)
+    return [(name or "this run", [arms[name].get(column) for column in columns]) for name in names]
 
 
 def print_table(
-    title: str, metrics: Mapping[str, Any], columns: Sequence[str], footer: Sequence[str] = ()
+    title: str,
+    metrics: Mapping[str, Any],
+    columns: Sequence[str],
+    rows: Sequence[str] = (),
+    footer: Sequence[str] = (),
 ) -> None:
-    """Print the closing table and what to do next."""
+    """Print the closing table and what to do next; see ``arm_rows``."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    rows = arm_rows(metrics, columns)
-    if rows:
+    found = arm_rows(metrics, columns, rows)
+    if found:
         table = Table(title=title)
-        table.add_column("arm")
+        table.add_column("arm", no_wrap=True)
         for name in columns:
-            table.add_column(name, justify="right")
-        for arm, values in rows:
+            table.add_column(name.replace("_", " "), justify="right", overflow="fold")
+        for arm, values in found:
             cells = ["" if value is None else f"{float(value):.3f}" for value in values]
             table.add_row(arm, *cells)
         console.print(table)

@@ -24,111 +24,6 @@ from datamodules.experience import Completion, FinishReason, Prompt
 from datamodules.sources import BadRowPolicy, nearest, read_preference_pairs, stable_hash
 from datamodules.tasks.base import Demonstration, JudgeTask, Pair, Split, Verdict
 
-MARK = " ... "
-_TAGS = ("<Analysis>", "</Analysis>", "<Result>", "</Result>")
-_NOUNS = {"pref": "Response", "refl": "Critique"}
-_TEMPLATES = {
-    "pref": (
-        "{ask}Context:\n{texts[0]}\n\nResponses for judgment:\n1. {texts[1]}\n\n2. {texts[2]}\n\n"
-    ),
-    "refl": (
-        "{ask}Context:\n{texts[0]}\n\nResponse 1: {texts[1]}\n\nResponse 2: {texts[2]}\n\n"
-        "Critiques for judgment:\n1. {texts[3]}\n\n2. {texts[4]}\n\n"
-    ),
-}
-# Short and without any judging: they show the grammar, {0} is a noun with a number.
-_GENERIC_ANALYSES = ("{0} is sounder.", "{0} fits better.", "{0} has fewer faults.")
-
-
-def share_budget(lengths: Sequence[int], budget: int) -> int:
-    """The largest common bound under which all lengths fit into a budget.
-
-    Args:
-        lengths: Tokens of each text.
-        budget: Tokens that there are for all of them.
-
-    Returns:
-        ``b`` with ``sum(min(length, b)) <= budget``; the longest length where all fit.
-    """
-    remaining, ordered = max(budget, 0), sorted(lengths)
-    for index, length in enumerate(ordered):
-        share = remaining // (len(ordered) - index)
-        if length > share:
-            return share
-        remaining -= length
-    return ordered[-1] if ordered else 0
-
-
-def cut_middle(text: str, spans: Sequence[tuple[int, int]], bound: int, mark_tokens: int) -> str:
-    """A text of at most ``bound`` tokens that keeps head and tail, cut between characters.
-
-    Args:
-        text: What to cut.
-        spans: Characters (from, to) of each of its tokens.
-        bound: Tokens to keep, the mark included; where not even the mark fits, a bare head.
-        mark_tokens: Tokens of the mark.
-    """
-    size = len(spans)
-    if size <= bound:
-        return text
-    keep = bound - mark_tokens
-    if keep < 2:
-        return text[: spans[bound][0]] if bound > 0 else ""
-    tail = keep // 2
-    # The start of the first token left out: a character of which one byte is out, is out.
-    return text[: spans[keep - tail][0]] + MARK + text[spans[size - tail - 1][1] :]
-
-
-def statement(domain: str, winner: int) -> str:
-    """The verdict in words, e.g. ``Response 1 is better than Response 2``.
-
-    Args:
-        domain: ``pref`` or ``refl``.
-        winner: 1 or 2.
-    """
-    noun = _NOUNS[domain]
-    return f"{noun} {winner} is better than {noun} {3 - winner}"
-
-
-def format_answer(domain: str, analysis: str, winner: int) -> str:
-    """A legal output, the inverse of ``parse_answer``.
-
-    Args:
-        domain: ``pref`` or ``refl``.
-        analysis: The reasoning.
-        winner: 1 or 2.
-    """
-    return f"<Analysis>{analysis}</Analysis><Result>{statement(domain, winner)}</Result>"
-
-
-def parse_answer(text: str, domain: str) -> Verdict:
-    """Read an output whose end token is already gone. Never raises.
-
-    Rules [our choice of the card]: each tag exactly once and in order, nothing but white space
-    after ``</Result>``, the statement one of the two of this domain, letter by letter. Text
-    before ``<Analysis>`` is let through: chat models put an empty thinking block there. An empty
-    analysis is legal.
-
-    Args:
-        text: What the model wrote.
-        domain: ``pref`` wants responses, ``refl`` critiques.
-    """
-    for tag in _TAGS:
-        if text.count(tag) != 1:
-            return Verdict(None, error=f"{tag} stands there {text.count(tag)} times, not once")
-    places = [text.index(tag) for tag in _TAGS]
-    if places != sorted(places):
-        return Verdict(None, error="the tags are not in the order of " + "".join(_TAGS))
-    analysis = text[places[0] + len(_TAGS[0]) : places[1]].strip()
-    result = text[places[2] + len(_TAGS[2]) : places[3]].strip()
-    if text[places[3] + len(_TAGS[3]) :].strip():
-        return Verdict(None, error="text after </Result>")
-    for winner in (1, 2):
-        if domain in _NOUNS and result == statement(domain, winner):
-            return Verdict(winner, analysis)
-    wanted = statement(domain, 1) if domain in _NOUNS else f"a verdict of domain {domain}"
-    return Verdict(None, error=f"the result is not '{wanted}' or the reverse: {result[:60]!r}")
-
 
 class PreferencePairs(JudgeTask):
     """Comparisons from a file or data set, split by a hash, judged in text.
@@ -297,10 +192,10 @@ class PreferencePairs(JudgeTask):
         super().bind(tokenizer)
         sample = format_answer("pref", "Response 1: 12 < 3, so no.", 2)
         ids = self._ids(sample)
-        if tokenizer.unk_token_id in ids or self._decode(ids).strip() != sample:
+        if tokenizer.unk_token_id in ids or token_text(self.tokenizer, ids).strip() != sample:
             raise ValueError(
                 f"the tokenizer of {tokenizer.name_or_path or 'this checkpoint'} cannot write the "
-                f"verdicts of task '{self.name}': {sample!r} comes back as {self._decode(ids)!r}; "
+                f"verdicts of task '{self.name}': {sample!r} comes back as {token_text(self.tokenizer, ids)!r}; "
                 "use a byte-level tokenizer or a real model's"
             )
         added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
@@ -404,7 +299,7 @@ class PreferencePairs(JudgeTask):
         return text
 
     def _encode(self, kind: str, texts: Sequence[str]) -> list[int]:
-        noun = _NOUNS[kind].lower()
+        noun = NOUNS[kind].lower()
         ask = (
             f"Judge which {noun} is better. Answer as <Analysis>why</Analysis><Result>"
             f"{statement(kind, 1)}</Result> or the reverse.\n\n"
@@ -455,7 +350,7 @@ class PreferencePairs(JudgeTask):
             ids = list(completion.token_ids)
             ends = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
             ids = ids[:-1] if ids and ids[-1] in ends else ids
-            text = self._decode(ids)
+            text = token_text(self.tokenizer, ids)
         except Exception as error:  # ids outside the vocabulary, in whatever way they fail
             return Verdict(None, error=f"token ids that do not decode: {type(error).__name__}")
         return parse_answer(text, prompt.domain)
@@ -487,9 +382,9 @@ class PreferencePairs(JudgeTask):
         else:
             winner = rng.choice((1, 2))
             sides = (pair.label, 3 - pair.label) if winner == 1 else (3 - pair.label, pair.label)
-            first, second = (rng.choice(_GENERIC_ANALYSES).format(f"Response {s}") for s in sides)
+            first, second = (rng.choice(GENERIC_ANALYSES).format(f"Response {s}") for s in sides)
             prompt = self.reflection_prompt(pair, (first, second), winner)
-        analysis = rng.choice(_GENERIC_ANALYSES).format(f"{_NOUNS[kind]} {winner}")
+        analysis = rng.choice(GENERIC_ANALYSES).format(f"{NOUNS[kind]} {winner}")
         ids = self._ids(format_answer(kind, analysis, winner))
         if self.tokenizer.eos_token_id is not None:
             ids.append(self.tokenizer.eos_token_id)

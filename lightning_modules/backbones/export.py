@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_modules.backbones.causal_lm import CausalLM
 
@@ -38,6 +39,21 @@ def full_state(policy: CausalLM) -> dict[str, Tensor]:
         gather = getattr(value, "full_tensor", None)
         state[name] = (gather() if gather is not None else value).cpu().clone()
     return state
+
+
+def backbone_files(path: str) -> dict[str, str]:
+    """Texts of a backbone's tokenizer and generation defaults, by file name.
+
+    Args:
+        path: Folder or hub name.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        AutoTokenizer.from_pretrained(path).save_pretrained(folder)
+        defaults = Path(path, "generation_config.json")
+        if defaults.is_file():
+            shutil.copy(defaults, folder)
+        files = [file for file in Path(folder).iterdir() if file.is_file()]
+        return {file.name: file.read_text(encoding="utf-8") for file in sorted(files)}
 
 
 def export_hf(
