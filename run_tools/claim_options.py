@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -129,25 +129,26 @@ class Shown:
     def measured(self, arms: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> tuple[Shown, str]:
         """The same without what no run holds, and a line that names it (empty if nothing)."""
         found = found_cells(arms)
-        used = [row for _, *sides in self.pairs for _, row in sides if row not in self.rows]
+        rows = {row for row, _ in found}
         tags = {tag for runs in arms.values() for run in runs.values() for tag in run}
-        kinds: list[tuple[str, list[str], Iterable[str]]] = [
-            ("metrics", self.metrics, {metric for _, metric in found}),
-            ("rows", self.rows, {row for row, _ in found}),
-            ("extra", self.extra, tags),
-            ("pairs of rows", list(dict.fromkeys(used)), {row for row, _ in found}),
-        ]
-        kept, missing = {}, []
-        for kind, wanted, known in kinds:
-            kept[kind] = [name for name in wanted if name in known]
-            missing += [
-                f"{kind} {name}{nearest(name, sorted(known))}"
-                for name in wanted
-                if name not in known
-            ]
-        kept.pop("pairs of rows")
-        line = f"in no run: {', '.join(missing)}" if missing else ""
-        return replace(self, **kept), line
+        compared = [row for _, *sides in self.pairs for _, row in sides if row not in self.rows]
+        missing: list[str] = []
+
+        def kept(kind: str, wanted: Iterable[str], known: set[str]) -> list[str]:
+            for name in wanted:
+                if name not in known:
+                    hint = nearest(name, sorted(known)).removeprefix("; ")
+                    missing.append(f"{kind} {name}" + (f" ({hint})" if hint else ""))
+            return [name for name in wanted if name in known]
+
+        kept("row of a pair", dict.fromkeys(compared), rows)
+        shown = Shown(
+            kept("metric", self.metrics, {metric for _, metric in found}),
+            kept("row", self.rows, rows),
+            self.pairs,
+            kept("extra", self.extra, tags),
+        )
+        return shown, f"in no run: {', '.join(missing)}" if missing else ""
 
 
 def found_cells(arms: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> set[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from typing import Literal
 
 
 @dataclass
@@ -110,7 +111,8 @@ def print_page(title: str, page: Page, footer: Sequence[str]) -> None:
     console = Console(width=width, markup=False, emoji=False, highlight=False)
     table = RichTable(title=title)
     for index, name in enumerate(page.main.head):
-        table.add_column(name, justify="left" if index < page.main.left else "right")
+        side: Literal["left", "right"] = "left" if index < page.main.left else "right"
+        table.add_column(name, justify=side, overflow="fold")
     for row in page.main.body:
         table.add_row(*row)
     console.print(table)

@@ -83,9 +83,10 @@ def read_arms(claim: str, output_dir: str | Path) -> Arms:
         folders[arm, seed] = path.parent
         arms.setdefault(arm, {})[seed] = metrics
     if not arms:
+        here = "" if Path(output_dir) == Path("outputs") else f" output_dir={output_dir}"
         raise ValueError(
             f"report.claim={claim}: no finished runs below {Path(output_dir, claim)}; run "
-            f"{sweep_command(claim, range(5), output_dir)}"
+            f"{sweep_command(claim, range(5), 'outputs')}{here}"
         )
     return arms
 
@@ -93,8 +94,8 @@ def read_arms(claim: str, output_dir: str | Path) -> Arms:
 def sweep_command(claim: str, seeds: Sequence[int], output_dir: str | Path) -> str:
     """The command that runs every arm with these seeds.
 
-    >>> sweep_command("tre", [0, 1, 2], "outputs")
-    "python train.py -m '+claim/tre=glob(*)' 'seed=range(0,3)' hydra/launcher=joblib"
+    >>> sweep_command("mgs", [0, 1, 2], "outputs")
+    "python train.py -m '+claim/mgs=glob(*)' 'seed=range(0,3)' hydra/launcher=joblib"
     """
     first, last = min(seeds), max(seeds)
     listed = ",".join(str(seed) for seed in sorted(seeds))
@@ -150,17 +151,10 @@ def report(
         raise ValueError(
             f"report.claim={name}: {unmeasured or 'the runs hold no test/... metrics'}"
         )
-    text = source / "README.md"
     Path(folder).mkdir(parents=True, exist_ok=True)
     target, image = Path(folder, f"{name}.md"), Path(folder, f"{name}.png")
-    draw_claim(
-        image,
-        f"{name}: mean and standard error over seeds",
-        cells,
-        arms=sorted({arm for arm, _, _ in cells}),
-        rows=[row for row in shown.rows if any(key[1] == row for key in cells)],
-        metrics=[m for m in shown.metrics if any(key[2] == m for key in cells)][:2],
-    )
+    _draw(image, name, shown, cells)
+    text = source / "README.md"
     page = Page(
         claim=name,
         text=text.read_text(encoding="utf-8") if text.is_file() else "",
@@ -180,6 +174,20 @@ def report(
     print_page(f"claim {name}", page, [f"page: {target}", f"figure: {image}"])
     means = {"/".join(part for part in key if part): c.mean for key, c in cells.items()}
     return means | {f"{arm}/seeds": float(len(runs)) for arm, runs in sorted(arms.items())}
+
+
+def _draw(
+    image: Path, claim: str, shown: Shown, cells: Mapping[tuple[str, str, str], Cell]
+) -> None:
+    """The figure: the first two metrics that were measured."""
+    draw_claim(
+        image,
+        f"{claim}: mean and standard error over seeds",
+        cells,
+        arms=sorted({arm for arm, _, _ in cells}),
+        rows=[row for row in shown.rows if any(key[1] == row for key in cells)],
+        metrics=[m for m in shown.metrics if any(key[2] == m for key in cells)][:2],
+    )
 
 
 # --- tables ---------------------------------------------------------------------------------------

@@ -1,37 +1,50 @@
 """Preference pairs from files as a judging task: which response, or which critique, is better.
 
-Prompt and output formats follow section 4 of the ReflectRM card [paper], in our own words: an
-instruction, a context, two numbered items to judge; the answer is an ``<Analysis>`` and a
-``<Result>`` with one of two statements. The analysis of a response becomes a critique in the
-reflection prompt, without its result [our choice].
-
-Long texts are cut by one rule [our choice]: the template is never cut; the tokens that remain are
-shared by question, responses and critiques with one common bound, so that short texts keep
-everything, long ones are cut to the same length (length must not tell the responses apart), and
-a cut text keeps its head and its tail with `` ... `` between.
+The texts and the rule by which they are cut stand in ``verdict_format``. The analysis of a response
+becomes a critique in the reflection prompt, without its result [our choice].
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.experience import Completion, FinishReason, Prompt
-from datamodules.sources import BadRowPolicy, nearest, read_preference_pairs, stable_hash
+from datamodules.preference_rows import read_preference_pairs
+from datamodules.sources import BadRowPolicy, nearest, stable_hash
 from datamodules.tasks.base import Demonstration, JudgeTask, Pair, Split, Verdict
+from datamodules.tasks.verdict_format import (
+    GENERIC_ANALYSES,
+    NOUNS,
+    as_chat,
+    break_up,
+    check_writes_answers,
+    control_strings,
+    cut_text,
+    cut_to_fit,
+    format_answer,
+    format_question,
+    parse_answer,
+    token_ids,
+    token_text,
+)
 
 
 class PreferencePairs(JudgeTask):
     """Comparisons from a file or data set, split by a hash, judged in text.
 
+    The split ``predict`` is the whole main file in its order, with or without labels, and is read
+    apart from the others. Nothing asks for labels before a split that needs them is asked for.
+
     ``counts`` says what became of every row: ``<source>/rows|pairs|skipped[/<reason>]`` with
-    source ``main``, ``val`` or ``test``, pairs a split (``train``, ``val``, ``test``),
-    ``too_long`` (left out by ``on_too_long=skip``), ``cut`` (pairs whose response prompt was
-    cut) and ``cut_reflection`` (reflection prompts that were cut).
+    source ``main``, ``val``, ``test`` or ``predict`` (the main file once more), pairs a split,
+    ``too_long`` and ``predict/too_long`` (left out by ``on_too_long=skip``), ``cut`` (pairs whose
+    response prompt was cut) and ``cut_reflection`` (reflection prompts that were cut).
 
     Args:
         path: File, folder of ``datasets.save_to_disk`` or hub name, see ``sources.scan_rows``.
@@ -45,8 +58,10 @@ class PreferencePairs(JudgeTask):
         val_fraction: Share of the rows of ``path`` for validation.
         test_fraction: Share of the rows of ``path`` for testing. Pairs of one row stay together.
         seed: Changes the split.
-        labels: ``optional`` allows pairs without label; those always go to the test split.
-        max_prompt_tokens: Upper bound of a prompt; longer texts are cut, see above.
+        labels: ``optional`` allows pairs without label outside of ``predict`` too; those always go
+            to the test split.
+        max_prompt_tokens: Upper bound of a prompt; longer texts are cut, see
+            ``verdict_format``.
         max_analysis_tokens: Upper bound of each critique in a reflection prompt, before the
             common bound; None has only that one.
         control_token: Appended to every prompt, e.g. ``/no_think`` [paper].
@@ -100,7 +115,7 @@ class PreferencePairs(JudgeTask):
         self.on_bad_row, self.max_bad_share = on_bad_row, max_bad_share
         self.on_too_long = on_too_long
         self.counts: Counter[str] = Counter()
-        self._records: dict[Split, list[Pair]] | None = None
+        self._records: dict[Split, list[Pair]] = {}
         self._cut_pairs: set[str] = set()
         self._template_tokens: dict[str, int] = {}
         self._control_strings: list[str] = []
@@ -139,25 +154,42 @@ class PreferencePairs(JudgeTask):
         """All pairs of a split, in file order; read once.
 
         Args:
-            split: ``train``, ``val`` or ``test``.
+            split: ``train``, ``val``, ``test``, or ``predict`` for all pairs of the main file.
 
         Raises:
             ValueError: The file cannot be read or no pair is left.
         """
-        if self._records is None:
-            self._records = self._read()
+        if split not in self._records:
+            if split == "predict":
+                pairs, counts = self._read_source("predict", self.path, self.split, False)
+                self._keep({"predict": pairs}, counts)
+            else:
+                self._keep(*self._read(label_required=self.labels == "required"))
         return self._records[split]
 
-    def _read(self) -> dict[Split, list[Pair]]:
+    def _keep(self, found: dict[Split, list[Pair]], counts: Mapping[str, int]) -> None:
+        """Make pairs the records of their splits, without the long ones where so asked."""
+        long = self._drop_long(found)
+        self._records |= found
+        self.counts.update({**counts, **long})
+        for split, pairs in found.items():
+            self.counts[split] = len(pairs)
+
+    def _read(self, label_required: bool) -> tuple[dict[Split, list[Pair]], dict[str, int]]:
+        """The three splits, and what became of the rows of their sources."""
         found: dict[Split, list[Pair]] = {"train": [], "val": [], "test": []}
-        for pair in self._read_source("main", self.path, self.split):
+        pairs, counts = self._read_source("main", self.path, self.split, label_required)
+        for pair in pairs:
             found[self._split_of(pair)].append(pair)
         for split, (path, part) in self.sources.items():
-            found[split] += self._read_source(split, path, part)
-        self.counts.update({split: len(pairs) for split, pairs in found.items()})
-        return found
+            pairs, more = self._read_source(split, path, part, label_required)
+            found[split] += pairs
+            counts |= more
+        return found, counts
 
-    def _read_source(self, name: str, path: str, split: str | None) -> list[Pair]:
+    def _read_source(
+        self, name: str, path: str, split: str | None, label_required: bool
+    ) -> tuple[list[Pair], dict[str, int]]:
         pairs, counts = read_preference_pairs(
             path,
             columns=self.columns,
@@ -165,10 +197,9 @@ class PreferencePairs(JudgeTask):
             split=split,
             on_bad_row=self.on_bad_row,
             max_bad_share=self.max_bad_share,
-            label_required=self.labels == "required",
+            label_required=label_required,
         )
-        self.counts.update({f"{name}/{key}": value for key, value in counts.items()})
-        return pairs
+        return pairs, {f"{name}/{key}": value for key, value in counts.items()}
 
     def _split_of(self, pair: Pair) -> Split:
         """By the row, so that all pairs of one row stay on one side."""
@@ -190,17 +221,9 @@ class PreferencePairs(JudgeTask):
                 ``max_prompt_tokens``, or with ``on_too_long=error`` a pair does not fit.
         """
         super().bind(tokenizer)
-        sample = format_answer("pref", "Response 1: 12 < 3, so no.", 2)
-        ids = self._ids(sample)
-        if tokenizer.unk_token_id in ids or token_text(self.tokenizer, ids).strip() != sample:
-            raise ValueError(
-                f"the tokenizer of {tokenizer.name_or_path or 'this checkpoint'} cannot write the "
-                f"verdicts of task '{self.name}': {sample!r} comes back as {token_text(self.tokenizer, ids)!r}; "
-                "use a byte-level tokenizer or a real model's"
-            )
-        added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
-        self._control_strings = sorted({*added, *tokenizer.all_special_tokens}, key=len)[::-1]
-        sizes = {kind: len(self._encode(kind, [""] * 5)) for kind in _TEMPLATES}
+        check_writes_answers(tokenizer, self.name)
+        self._control_strings = control_strings(tokenizer)
+        sizes = {kind: len(self._encode(kind, [""] * 5)) for kind in NOUNS}
         longest = max(sizes, key=lambda kind: sizes[kind])
         if sizes[longest] >= self.max_prompt_tokens:
             raise ValueError(
@@ -213,9 +236,28 @@ class PreferencePairs(JudgeTask):
             self._screen()
 
     def _screen(self) -> None:
-        """Leave out, or refuse, the pairs whose prompt would have to be cut."""
-        for split in ("train", "val", "test"):
-            pairs = self.records(split)
+        """Leave out, or refuse, long pairs; a label that is missing is no fault as yet."""
+        found = self._records
+        self._keep(found, {})
+        if "train" not in found:
+            found, counts = self._read(label_required=False)
+            labelled = all(pair.label for pairs in found.values() for pair in pairs)
+            if labelled or self.labels == "optional":
+                self._keep(found, counts)
+            else:
+                self._drop_long(found)
+        if not any(found.values()):
+            raise ValueError(
+                f"{self.path}: every pair is longer than data.task.max_prompt_tokens="
+                f"{self.max_prompt_tokens}; raise it or set data.task.on_too_long=cut"
+            )
+
+    def _drop_long(self, found: Mapping[Split, list[Pair]]) -> Counter[str]:
+        """Leave out, or refuse, the pairs whose prompt would have to be cut, and count them."""
+        counts: Counter[str] = Counter()
+        if self.on_too_long == "cut" or not self._template_tokens:
+            return counts
+        for split, pairs in found.items():
             is_long = [self._fit("pref", self._texts(pair))[1] for pair in pairs]
             long = [pair for pair, flag in zip(pairs, is_long, strict=True) if flag]
             if long and self.on_too_long == "error":
@@ -225,33 +267,11 @@ class PreferencePairs(JudgeTask):
                     f"more of split {split}); raise it, or set data.task.on_too_long=cut or skip"
                 )
             pairs[:] = [pair for pair, flag in zip(pairs, is_long, strict=True) if not flag]
-            self.counts["too_long"] += len(long)
-            self.counts[split] = len(pairs)
-        if not any(self.records(split) for split in ("train", "val", "test")):
-            raise ValueError(
-                f"{self.path}: every pair is longer than data.task.max_prompt_tokens="
-                f"{self.max_prompt_tokens}; raise it or set data.task.on_too_long=cut"
-            )
+            counts["predict/too_long" if split == "predict" else "too_long"] += len(long)
+        return counts
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def _decode(self, ids: Iterable[int]) -> str:
-        return str(
-            self.tokenizer.decode(
-                list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-        )
-
-    def _spans(self, text: str) -> list[tuple[int, int]]:
-        """Characters of each token; spread evenly where the tokenizer does not tell."""
-        if self.tokenizer.is_fast:
-            encoded = self.tokenizer(
-                text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-            )
-            return [(start, end) for start, end in encoded["offset_mapping"]]
-        size = len(self._ids(text))
-        return [(i * len(text) // size, (i + 1) * len(text) // size) for i in range(size)]
+        return token_ids(self.tokenizer, text)
 
     # ---- Prompts --------------------------------------------------------------------------------
 
@@ -279,42 +299,24 @@ class PreferencePairs(JudgeTask):
             label: Slot of the better analysis where known.
             uid: Identity of the prompt; "" derives it from pair, order and analyses.
         """
-        whole = [self._harmless(analysis) for analysis in analyses]
+        whole = self._harmless(*analyses)
         bound = self.max_analysis_tokens
-        kept = [
-            text if bound is None else self._cut(text, self._spans(text), bound) for text in whole
-        ]
+        kept = [text if bound is None else cut_text(self.tokenizer, text, bound) for text in whole]
         ids, was_cut = self._fit("refl", [*self._texts(pair), *kept])
         self.counts["cut_reflection"] += was_cut or kept != whole
         uid = uid or f"{pair.uid}:{_order(pair)}:refl:{stable_hash(*analyses):016x}"
         return Prompt(uid, ids, self, "refl", label, (pair, analyses))
 
     def _texts(self, pair: Pair) -> list[str]:
-        return [self._harmless(text) for text in (pair.question, *pair.responses)]
+        return self._harmless(pair.question, *pair.responses)
 
-    def _harmless(self, text: str) -> str:
-        """Break up control tokens: data must not end a turn or open another."""
-        for token in self._control_strings:
-            text = text.replace(token, f"{token[0]} {token[1:]}" if len(token) > 1 else " ")
-        return text
+    def _harmless(self, *texts: str) -> list[str]:
+        return [break_up(text, self._control_strings) for text in texts]
 
     def _encode(self, kind: str, texts: Sequence[str]) -> list[int]:
-        noun = NOUNS[kind].lower()
-        ask = (
-            f"Judge which {noun} is better. Answer as <Analysis>why</Analysis><Result>"
-            f"{statement(kind, 1)}</Result> or the reverse.\n\n"
-        )
-        text = _TEMPLATES[kind].format(ask=ask, texts=texts)
+        text = format_question(kind, texts)
         text = f"{text}{self.control_token}\n" if self.control_token else text
-        if self.chat_template == "auto" and getattr(self.tokenizer, "chat_template", None):
-            chat = [{"role": "user", "content": text}]
-            text = str(
-                self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            )
-        return self._ids(text)
-
-    def _cut(self, text: str, spans: Sequence[tuple[int, int]], bound: int) -> str:
-        return cut_middle(text, spans, bound, len(self._ids(MARK)))
+        return self._ids(as_chat(self.tokenizer, text) if self.chat_template == "auto" else text)
 
     def _fit(self, kind: str, texts: Sequence[str]) -> tuple[tuple[int, ...], bool]:
         """Token ids within ``max_prompt_tokens`` and whether a text had to be cut."""
@@ -323,17 +325,10 @@ class PreferencePairs(JudgeTask):
         ids = self._encode(kind, texts)
         if len(ids) <= self.max_prompt_tokens:
             return tuple(ids), False
-        spans = [self._spans(text) for text in texts]
         budget = self.max_prompt_tokens - self._template_tokens[kind]
-        while True:
-            bound = share_budget([len(span) for span in spans], budget)
-            pieces = [self._cut(*both, bound) for both in zip(texts, spans, strict=True)]
-            ids = self._encode(kind, pieces)
-            over = len(ids) - self.max_prompt_tokens
-            if over <= 0:
-                return tuple(ids), True
-            # Merges across a seam can cost a token or two: give them back and try again.
-            budget -= over
+        encode = partial(self._encode, kind)
+        cut = cut_to_fit(self.tokenizer, texts, encode, budget, self.max_prompt_tokens)
+        return tuple(cut), True
 
     # ---- Outputs --------------------------------------------------------------------------------
 

@@ -158,14 +158,15 @@ class PrefixAudit(JudgeTask):
         return None if error else values
 
     def records(self, split: Split) -> list[Pair]:
-        """All pairs of a split.
+        """All pairs of a split; ``predict`` is the split ``test``.
 
         Raises:
-            ValueError: The split is none of train, val and test.
+            ValueError: The split is none of train, val, test and predict.
         """
-        if split not in self.sizes:
-            raise ValueError(f"split {split!r} is none of {', '.join(self.sizes)}")
-        return [self._pair(split, index) for index in range(self.sizes[split])]
+        source = "test" if split == "predict" else split
+        if source not in self.sizes:
+            raise ValueError(f"split {split!r} is none of {', '.join(self.sizes)}, predict")
+        return [self._pair(source, index) for index in range(self.sizes[source])]
 
     def _pair(self, split: str, index: int) -> Pair:
         uid = f"{self.name}/{self.seed}/{split}/{index}"

@@ -12,7 +12,7 @@ a cut text keeps its head and its tail with `` ... `` between.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -97,6 +97,19 @@ def break_up(text: str, controls: Iterable[str]) -> str:
     return text
 
 
+def as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text as a user's turn in the tokenizer's chat template, as it is where there is none.
+
+    Args:
+        tokenizer: Any tokenizer.
+        text: What the user says.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return text
+    chat = [{"role": "user", "content": text}]
+    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+
 # ---- Cutting -------------------------------------------------------------------------------------
 
 
@@ -137,6 +150,47 @@ def cut_middle(text: str, spans: Sequence[tuple[int, int]], bound: int, mark_tok
     tail = keep // 2
     # The start of the first token left out: a character of which one byte is out, is out.
     return text[: spans[keep - tail][0]] + MARK + text[spans[size - tail - 1][1] :]
+
+
+def cut_text(tokenizer: PreTrainedTokenizerBase, text: str, bound: int) -> str:
+    """One text cut by ``cut_middle``.
+
+    Args:
+        tokenizer: Any tokenizer.
+        text: What to cut.
+        bound: Tokens to keep.
+    """
+    mark_tokens = len(token_ids(tokenizer, MARK))
+    return cut_middle(text, token_spans(tokenizer, text), bound, mark_tokens)
+
+
+def cut_to_fit(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    encode: Callable[[Sequence[str]], list[int]],
+    budget: int,
+    limit: int,
+) -> list[int]:
+    """Ids of a prompt whose texts are cut to one common bound, so that it fits.
+
+    Args:
+        tokenizer: What ``encode`` uses.
+        texts: The texts of the prompt.
+        encode: Makes the ids of the prompt from the texts.
+        budget: Tokens that there are for all texts.
+        limit: Tokens that there are for the prompt.
+    """
+    spans = [token_spans(tokenizer, text) for text in texts]
+    mark_tokens = len(token_ids(tokenizer, MARK))
+    while True:
+        bound = share_budget([len(span) for span in spans], budget)
+        pieces = zip(texts, spans, strict=True)
+        ids = encode([cut_middle(text, span, bound, mark_tokens) for text, span in pieces])
+        over = len(ids) - limit
+        if over <= 0:
+            return ids
+        # Merges across a seam can cost a token or two: give them back and try again.
+        budget -= over
 
 
 # ---- Questions and answers -----------------------------------------------------------------------
@@ -205,3 +259,24 @@ def parse_answer(text: str, domain: str) -> Verdict:
             return Verdict(winner, analysis)
     wanted = statement(domain, 1) if domain in NOUNS else f"a verdict of domain {domain}"
     return Verdict(None, error=f"the result is not '{wanted}' or the reverse: {result[:60]!r}")
+
+
+def check_writes_answers(tokenizer: PreTrainedTokenizerBase, task: str) -> None:
+    """Refuse a tokenizer that loses something of an answer.
+
+    Args:
+        tokenizer: What a task is bound to.
+        task: Name of that task.
+
+    Raises:
+        ValueError: An answer does not survive encoding and decoding.
+    """
+    sample = format_answer("pref", "Response 1: 12 < 3, so no.", 2)
+    ids = token_ids(tokenizer, sample)
+    back = token_text(tokenizer, ids)
+    if tokenizer.unk_token_id in ids or back.strip() != sample:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path or 'this checkpoint'} cannot write the "
+            f"verdicts of task '{task}': {sample!r} comes back as {back!r}; use a byte-level "
+            "tokenizer or a real model's"
+        )

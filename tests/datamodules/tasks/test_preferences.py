@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from datamodules.experience import Completion, FinishReason, Prompt
 from datamodules.tasks.base import Pair
-from datamodules.tasks.preferences import (
+from datamodules.tasks.preferences import PreferencePairs
+from datamodules.tasks.verdict_format import (
     MARK,
-    PreferencePairs,
     cut_middle,
     format_answer,
     parse_answer,
