@@ -121,4 +121,8 @@ class StepCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the final weights."""
+        # Lightning would resume inside the epoch that is over and step on a cut window
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        if progress.current.completed >= trainer.num_training_batches:
+            progress.reset_on_run()
         self.save(trainer, self.last_path)
