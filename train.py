@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from omegaconf import DictConfig, OmegaConf, open_dict
+from torch.utils.tensorboard.summary import hparams
 from transformers.utils import logging as hf_logging
 
 from callbacks.progress import RunProgressBar
@@ -29,7 +31,7 @@ from callbacks.throughput import peak_gib
 from lightning_modules.backbones.prepare import WarmStartOptions, prepare_tiny
 from lightning_modules.backbones.tiny import TinyOptions
 from lightning_modules.options import BackboneOptions, LoraOptions, OptimizerOptions
-from run_tools.checkpoints import backbone_of_checkpoint
+from run_tools.checkpoints import backbone_of_checkpoint, load_checkpoint
 from run_tools.checks import check_node, check_options, check_run
 from run_tools.folder import RunFolder, changed_keys, flatten
 from run_tools.messages import explain
@@ -182,7 +184,7 @@ def run_one(config: DictConfig, folder: RunFolder) -> dict[str, Any]:
         evaluate = trainer.test if config.mode == "test" else trainer.validate
         evaluate(module, ckpt_path=checkpoint, verbose=False, **options)
         metrics |= module.results
-    log_hyperparameters(config, trainer, metrics)
+    log_hyperparameters(config, trainer, metrics, logged=module.results)
     return metrics
 
 
@@ -216,9 +218,10 @@ def build_trainer(config: DictConfig, data: Any, folder: RunFolder) -> pl.Traine
     loggers = []
     for logger in config.logger.values():
         extra: dict[str, Any] = {}
-        if folder.checkpoint is not None and "TensorBoard" in logger._target_:
-            step = torch.load(folder.checkpoint, weights_only=True, mmap=True)["global_step"]
-            extra = {"purge_step": step + 1}  # what a killed run logged after its checkpoint
+        if config.resume == "auto" and "TensorBoard" in logger._target_:
+            made = load_checkpoint(folder.checkpoint) if folder.checkpoint else {"global_step": -1}
+            # what a killed run logged after its checkpoint
+            extra = {"purge_step": made["global_step"] + 1}
         loggers.append(instantiate(logger, **extra))
     values = trainer_values(plain(config.trainer), getattr(data, "window", 1))
     return instantiate(values, callbacks=callbacks, logger=loggers,
@@ -226,12 +229,23 @@ def build_trainer(config: DictConfig, data: Any, folder: RunFolder) -> pl.Traine
 
 
 @rank_zero_only
-def log_hyperparameters(config: DictConfig, trainer: pl.Trainer, metrics: dict[str, Any]) -> None:
-    """The flat config with the final metrics, for TensorBoard's HParams tab."""
+def log_hyperparameters(
+    config: DictConfig, trainer: pl.Trainer, metrics: dict[str, Any], logged: Mapping[str, float]
+) -> None:
+    """The flat config with the final metrics, for TensorBoard's HParams tab.
+
+    The tab takes the last value of a tag, so only what was not ``logged`` yet becomes a scalar.
+    """
     numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float))}
+    new = {k: v for k, v in numbers.items() if k not in logged}
     for logger in trainer.loggers:
         if isinstance(logger, pl.loggers.TensorBoardLogger):
-            logger.log_hyperparams(flatten(plain(config)), numbers)
+            values = flatten(plain(config))
+            logger.log_hyperparams(values)  # the file hparams.yaml
+            logger.log_metrics(new, step=trainer.global_step)
+            writer = logger.experiment._get_file_writer()
+            for summary in hparams(logger._sanitize_params(values), numbers):
+                writer.add_summary(summary)
             logger.finalize("success")
 
 

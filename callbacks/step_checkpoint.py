@@ -44,6 +44,7 @@ class StepCheckpoint(Checkpoint):
         self.monitor, self.mode = monitor, mode
         self.best: float | None = None
         self._saved_step = -1
+        self._is_due = False
         self._saved_time = time.monotonic()
 
     @property
@@ -69,10 +70,12 @@ class StepCheckpoint(Checkpoint):
         log_window = getattr(trainer.lightning_module, "log_window", None)
         if log_window is not None:
             log_window()
+        for logger in trainer.loggers:
+            logger.save()  # flush: what was logged up to the checkpoint survives a kill
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")
         try:
-            trainer.save_checkpoint(unfinished)
+            trainer.save_checkpoint(unfinished, weights_only=False)
             if trainer.is_global_zero:
                 with open(unfinished, "rb") as handle:
                     os.fsync(handle.fileno())
@@ -92,7 +95,11 @@ class StepCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save after an optimizer step if it is time."""
+        """Save after an optimizer step if it is time; if it is validated, after the validation.
+
+        A run that is resumed between a step and its validation would leave the validation out. The
+        last step is saved by ``on_train_end``, once the export is there too.
+        """
         step = trainer.global_step
         if step == self._saved_step or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
@@ -100,12 +107,24 @@ class StepCheckpoint(Checkpoint):
         if self.every_seconds is not None:
             is_due = is_due or time.monotonic() - self._saved_time >= self.every_seconds
         if trainer.strategy.broadcast(is_due):
-            self._saved_step = step
-            self.save(trainer, self.last_path)
-            self._saved_time = time.monotonic()
+            self._is_due = True
+            loop = trainer.fit_loop.epoch_loop
+            is_validated = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+            if not is_validated and step != trainer.max_steps:
+                self._save_due(trainer)
+
+    def _save_due(self, trainer: Trainer) -> None:
+        self._is_due, self._saved_step = False, trainer.global_step
+        self.save(trainer, self.last_path)
+        self._saved_time = time.monotonic()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the best."""
+        """Keep the best, then save if it is time."""
+        self._keep_best(trainer)
+        if self._is_due and trainer.global_step != trainer.max_steps:
+            self._save_due(trainer)
+
+    def _keep_best(self, trainer: Trainer) -> None:
         if self.monitor is None or trainer.sanity_checking:
             return
         value = trainer.callback_metrics.get(self.monitor)

@@ -209,7 +209,8 @@ class RolloutDataModule(LightningDataModule):
         """Micro-batches of one rollout in the order in which they are trained.
 
         Raises:
-            ValueError: Fewer rollouts (of a domain) than micro-batches.
+            ValueError: Fewer rollouts (of a domain) than micro-batches, or a domain that
+                ``shares`` leaves out.
         """
         full = rollouts.batch()
         rank, _ = self.ranks
@@ -231,6 +232,13 @@ class RolloutDataModule(LightningDataModule):
 
     def _partition(self, full: Experience, generator: torch.Generator) -> list[Tensor]:
         shares = self.shares or {"": self.window}
+        left_out = sorted(set(full.domain_names) - set(shares)) if self.shares else []
+        if left_out:
+            raise ValueError(
+                f"data.shares names no micro-batches for {', '.join(left_out)}, so its rollouts "
+                f"would never be trained: add data.shares.{left_out[0]} or draw none of it "
+                f"(data.prompts_per_rollout.{left_out[0]}=0)"
+            )
         by_domain: list[list[Tensor]] = []
         for domain, share in shares.items():
             rows = torch.arange(len(full))

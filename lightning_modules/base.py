@@ -238,6 +238,7 @@ class BaseModule(LightningModule):
             "task": self.task_name,
             "architecture": type(self.policy.base).__name__ if self.policy else "",
             "bad_steps": self.bad_steps,
+            "results": dict(self.results),
             "files": self._backbone_files(),
         }
 
@@ -256,6 +257,8 @@ class BaseModule(LightningModule):
         """
         made = checkpoint.get("litpost", {})
         self.bad_steps = int(made.get("bad_steps", 0))
+        if self._trainer is not None and self.trainer.training:
+            self.results |= made.get("results", {})
         if not checkpoint.get("state_dict"):
             return  # under sharding only rank 0 holds the full state
         saved = {k: tuple(v.shape) for k, v in checkpoint["state_dict"].items()}

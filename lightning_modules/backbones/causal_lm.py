@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from lightning_modules.ops import LogprobEntropy, linear_logprob_entropy
 from lightning_modules.options import BackboneOptions, LoraOptions
+
+
+class Completions(NamedTuple):
+    """Which tokens of a right-padded batch are completions.
+
+    Args:
+        prompt_lengths: ``(N,)``.
+        mask: ``(N, T)`` True on completion tokens; column 0 is the first after the prompt.
+        groups: ``(N,)`` equal for rows of one prompt, or None to share nothing.
+    """
+
+    prompt_lengths: Tensor
+    mask: Tensor
+    groups: Tensor | None
 
 
 class CausalLM(nn.Module):
@@ -65,57 +79,118 @@ class CausalLM(nn.Module):
         """Hugging Face's ``generate``."""
         return self.base.generate(**kwargs)
 
+    @property
+    def can_share_prompts(self) -> bool:
+        """Whether a prompt may be read once for all its completions, gradients included.
+
+        It takes a cache of plain full-attention layers; activation checkpointing and sharding run
+        the ordinary way.
+        """
+        text = self.config.get_text_config()
+        kinds = getattr(text, "layer_types", None) or ["unknown"]
+        is_plain = all(kind == "full_attention" for kind in kinds)
+        is_checkpointing = bool(getattr(self.base, "is_gradient_checkpointing", False))
+        is_sharded = any(hasattr(p, "full_tensor") for p in self.parameters())
+        return is_plain and not is_checkpointing and not is_sharded
+
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        targets: Tensor | None = None,
-        rows: Tensor | None = None,
-        columns: Tensor | None = None,
+        completions: Completions | None = None,
         temperature: float = 1.0,
         with_entropy: bool = True,
         entropy_grad: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Logits as usual, or log-probs of the tokens at chosen positions.
+        """Logits as usual, or log-probs of completion tokens.
 
         Args:
-            input_ids: ``(N, L)``.
-            attention_mask: ``(N, L)`` or None.
-            targets: ``(K,)`` token ids to score; None runs the model as it is.
-            rows: ``(K,)`` sequence of each target.
-            columns: ``(K,)`` position whose hidden state predicts it.
+            input_ids: ``(N, L)``; with ``completions`` its prompts and completions, right-padded.
+            attention_mask: ``(N, L)`` or None; not needed with ``completions``.
+            completions: Which tokens to score; None runs the model as it is.
             temperature: Of the softmax.
             with_entropy: Also the entropy at those positions.
             entropy_grad: Whether gradients flow through it.
             **kwargs: Of the model itself.
 
         Returns:
-            The model's output, or ``LogprobEntropy`` with fields ``(K,)``.
+            The model's output, or ``LogprobEntropy`` with fields ``(N, T)``, zero off the mask.
         """
-        if targets is None:
+        if completions is None:
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        body = self.base.base_model
-        hidden = body(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        shares = completions.groups is not None and self.can_share_prompts
+        hidden = (self._shared if shares else self._plain)(input_ids, completions)
+        mask = completions.mask
+        rows, places = mask.nonzero(as_tuple=True)
         head = self.base.get_output_embeddings()
-        return linear_logprob_entropy(
-            hidden.last_hidden_state[rows, columns],
+        flat = linear_logprob_entropy(
+            hidden,
             head.weight,
-            targets,
+            input_ids[rows, completions.prompt_lengths[rows] + places],
             bias=getattr(head, "bias", None),
             temperature=temperature,
             with_entropy=with_entropy,
             entropy_grad=entropy_grad,
         )
+        return LogprobEntropy(*(_spread(value, mask, rows, places) for value in flat))
+
+    def _plain(self, input_ids: Tensor, completions: Completions) -> Tensor:
+        """Hidden states ``(K, H)`` that predict the K completion tokens, row by row.
+
+        Causal attention never looks at padding on the right, so no mask is needed.
+        """
+        rows, places = completions.mask.nonzero(as_tuple=True)
+        hidden = self.base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return hidden[rows, completions.prompt_lengths[rows] + places - 1]
+
+    def _shared(self, input_ids: Tensor, completions: Completions) -> Tensor:
+        """The same, with each group's prompt read once: its keys and values serve all members."""
+        mask, lengths = completions.mask, completions.prompt_lengths
+        _, member = torch.unique(completions.groups, return_inverse=True)
+        first = torch.full((int(member.max()) + 1,), len(member), device=mask.device)
+        first = first.scatter_reduce(0, member, torch.arange(len(member), device=mask.device), "amin")
+        size, width = lengths[first], int(lengths.max())
+        source = torch.arange(width, device=mask.device) - (width - size)[:, None]  # left padding
+        is_prompt = source >= 0
+        prompts = input_ids[first].gather(1, source.clamp(min=0))
+        padded = None if bool(is_prompt.all()) else is_prompt.long()
+        cache = DynamicCache(config=self.config)
+        read = self.base.base_model(
+            input_ids=prompts, attention_mask=padded, position_ids=source.clamp(min=0),
+            past_key_values=cache, use_cache=True,
+        ).last_hidden_state
+        rows, places = mask.nonzero(as_tuple=True)
+        steps = mask.shape[1] - 1
+        hidden = read[:, -1].index_select(0, member)[:, None]  # predicts the first token
+        if steps:
+            for layer in cache.layers:
+                layer.keys = layer.keys.index_select(0, member)
+                layer.values = layer.values.index_select(0, member)
+            offsets = lengths[:, None] + torch.arange(steps, device=mask.device)
+            tokens = input_ids.gather(1, offsets.clamp(max=input_ids.shape[1] - 1))
+            if padded is not None:
+                padded = torch.cat([padded.index_select(0, member), torch.ones_like(tokens)], 1)
+            written = self.base.base_model(
+                input_ids=tokens, attention_mask=padded, position_ids=offsets,
+                past_key_values=cache, use_cache=True,
+            ).last_hidden_state
+            hidden = torch.cat([hidden, written], dim=1)
+        return hidden[rows, places]
+
+
+def _spread(value: Tensor | None, mask: Tensor, rows: Tensor, places: Tensor) -> Tensor | None:
+    return None if value is None else value.new_zeros(mask.shape).index_put((rows, places), value)
 
 
 def completion_logprobs(
     policy: nn.Module,
     input_ids: Tensor,
-    attention_mask: Tensor,
     prompt_lengths: Tensor,
     mask: Tensor,
+    *,
+    groups: Tensor | None = None,
     **options: Any,
 ) -> LogprobEntropy:
     """Log-probs of completion tokens in the layout of ``Experience``.
@@ -123,28 +198,18 @@ def completion_logprobs(
     Args:
         policy: A ``CausalLM``.
         input_ids: ``(N, L)`` prompt then completion, padded on the right.
-        attention_mask: ``(N, L)``.
         prompt_lengths: ``(N,)``.
         mask: ``(N, T)`` True on completion tokens.
+        groups: ``(N,)`` equal for rows of one prompt: each prompt is then read once, which is the
+            same result (to rounding) for a fraction of the tokens. None reads every row whole.
         **options: Of ``CausalLM.forward``.
 
     Returns:
         Fields ``(N, T)``, zero where the mask is.
     """
-    rows, places = mask.nonzero(as_tuple=True)
-    columns = prompt_lengths[rows] + places
-    padded = None if bool(attention_mask.all()) else attention_mask
-    flat = policy(
-        input_ids, padded, targets=input_ids[rows, columns], rows=rows, columns=columns - 1,
-        **options,
-    )
-
-    def spread(values: Tensor | None) -> Tensor | None:
-        if values is None:
-            return None
-        return values.new_zeros(mask.shape).index_put((rows, places), values)
-
-    return LogprobEntropy(spread(flat.logprob), spread(flat.entropy))
+    if groups is not None and len(torch.unique(groups)) == len(groups):
+        groups = None  # nothing to share
+    return policy(input_ids, completions=Completions(prompt_lengths, mask, groups), **options)
 
 
 def load_causal_lm(options: BackboneOptions, lora: LoraOptions | None = None) -> CausalLM:

@@ -209,7 +209,8 @@ class GenerativeRewardModule(GRPO):
         metrics: Metrics = {}
         sums: dict[str, list[float]] = {}
         confidences, right = [], []
-        for c in candidates:
+        # two orders of every row; rows that only fill up the last batch do not count
+        for c in (c for number, c in enumerate(candidates) if counted[number // 2]):
             task = c.prompt.task
             assert isinstance(task, JudgeTask)
             for one in c.samples[: self.num_votes]:

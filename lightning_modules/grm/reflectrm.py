@@ -230,8 +230,8 @@ class ReflectRM(GenerativeRewardModule):
             torch.tensor([float(o.size) for o in outcomes]), mask)
         metrics["infer/anchor_fallback"] = masked_sum_count(fallback, mask)
         metrics["infer/tie"] = masked_sum_count(torch.tensor([o.tie for o in outcomes]), mask)
-        generations = [self.num_votes + sum(bool(v) for v in c.verdicts[: self.num_votes]) - 1
-                       for c in candidates]
+        parsed = [sum(map(bool, c.verdicts[: self.num_votes])) for c in candidates]
+        generations = [self.num_votes + max(0, count - 1) for count in parsed]
         metrics["infer/generations"] = masked_sum_count(torch.tensor(generations), mask)
         return metrics | self._reflection_accuracy(candidates, engine, mask.tolist())
 

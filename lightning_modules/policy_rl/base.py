@@ -53,6 +53,8 @@ class PolicyModule(BaseModule):
         needs_reference: Whether ``annotate`` computes log-probs of the frozen start policy.
         annotate_batch_size: Sequences a forward pass without gradient.
         with_entropy: Log the entropy of the policy (a little time in the head).
+        share_prompts: Read a group's prompt once for all its completions, where the backbone
+            allows it; equal to rounding.
         **kwargs: Of ``BaseModule``.
 
     Raises:
@@ -69,6 +71,7 @@ class PolicyModule(BaseModule):
         needs_reference: bool = False,
         annotate_batch_size: int = 128,
         with_entropy: bool = True,
+        share_prompts: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -94,6 +97,7 @@ class PolicyModule(BaseModule):
         self.needs_reference = needs_reference
         self.annotate_batch_size = annotate_batch_size
         self.with_entropy = with_entropy
+        self.share_prompts = share_prompts
         self.reference: Any = None
         self._evaluation: dict[str, Metrics] = {}
 
@@ -161,7 +165,8 @@ class PolicyModule(BaseModule):
     def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
         """Loss of one micro-batch: a pure function of the batch and the weights."""
         tokens = completion_logprobs(
-            self.policy, batch.input_ids, batch.attention_mask, batch.prompt_lengths, batch.mask,
+            self.policy, batch.input_ids, batch.prompt_lengths, batch.mask,
+            groups=batch.groups if self.share_prompts else None,
             temperature=self.temperature, with_entropy=self.with_entropy,
         )
         per_token, metrics = self.policy_loss(tokens.logprob, batch)
@@ -202,8 +207,9 @@ class PolicyModule(BaseModule):
             rows = torch.arange(start, min(start + self.annotate_batch_size, len(full)))
             piece = full.select(rows)
             result = completion_logprobs(
-                policy, piece.input_ids.to(self.device), piece.attention_mask.to(self.device),
-                piece.prompt_lengths.to(self.device), piece.mask.to(self.device),
+                policy, piece.input_ids.to(self.device), piece.prompt_lengths.to(self.device),
+                piece.mask.to(self.device),
+                groups=piece.groups.to(self.device) if self.share_prompts else None,
                 temperature=self.temperature, with_entropy=False,
             ).logprob
             width = full.mask.shape[1] - result.shape[1]

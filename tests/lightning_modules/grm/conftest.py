@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def bound_task(**options: Any) -> PrefixAudit:
     return task
 
 
+@cache
 def analysis_of(task: PrefixAudit, pair: Pair, number: int) -> str:
     """Analysis ``number`` of a pair: 0 is the gold one, 1 to 24 have other counts."""
     gold = task.analysis_values(task.gold_analysis(pair))
