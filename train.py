@@ -31,7 +31,7 @@ from callbacks.throughput import peak_gib
 from lightning_modules.backbones.prepare import WarmStartOptions, prepare_tiny
 from lightning_modules.backbones.tiny import TinyOptions
 from lightning_modules.options import BackboneOptions, LoraOptions, OptimizerOptions
-from run_tools.checkpoints import backbone_of_checkpoint, load_checkpoint
+from run_tools.checkpoints import backbone_of_checkpoint, load_checkpoint, naming_the_data
 from run_tools.checks import check_node, check_options, check_run
 from run_tools.folder import RunFolder, changed_keys, flatten
 from run_tools.messages import explain
@@ -70,10 +70,16 @@ def check(config: DictConfig) -> None:
 
 
 def trainer_values(values: dict[str, Any], window: int) -> dict[str, Any]:
-    """The Trainer's own keys; the accumulation window comes from the data unless it is given."""
+    """The Trainer's own keys; the accumulation window comes from the data unless it is given.
+
+    ``val_check_interval`` counts optimizer steps here and micro-batches in Lightning: a validation
+    inside a window would be of no step of its own.
+    """
     own = {key: value for key, value in values.items() if key != "num_threads"}
     if own["accumulate_grad_batches"] is None:
         own["accumulate_grad_batches"] = window
+    if isinstance(own["val_check_interval"], int):
+        own["val_check_interval"] *= window
     return own
 
 
@@ -110,13 +116,17 @@ def run(config: DictConfig) -> dict[str, Any]:
             rank_zero_warn(f"resume=auto goes on with changed keys: {', '.join(changed)}")
     if is_writer:
         OmegaConf.save(config, before, resolve=True)
-    metrics = run_one(config, folder)
+    own = folder.read_json("own.json") if is_fit else None  # killed while an arm was trained
+    metrics = own or run_one(config, folder)
+    if own is None and is_fit and config.compare and is_writer:
+        folder.write_json("own.json", metrics)
     for arm in config.compare if is_fit else []:
         metrics |= run_arm(config, arm)
     metrics |= {"seed": config.seed, "model": config.name, "time/wall_s": time.perf_counter() - start,
                 "mem/peak_gib": peak_gib()}
     if is_writer:
         folder.write_json("metrics.json" if is_fit else f"{config.mode}.json", metrics)
+        (folder.path / "own.json").unlink(missing_ok=True)
         print_table(f"{'/'.join(parts)} ({config.mode}, seed {config.seed})", metrics, config.table,
                     config.table_rows, footer_lines(config, folder))
     return metrics
@@ -151,15 +161,18 @@ def run_one(config: DictConfig, folder: RunFolder) -> dict[str, Any]:
     pl.seed_everything(config.seed, workers=True, verbose=False)
     if config.trainer.num_threads:
         torch.set_num_threads(config.trainer.num_threads)
+    checkpoint = str(folder.checkpoint or config.ckpt_path or "") or None
+    if checkpoint:
+        load_checkpoint(checkpoint)  # refused, if it is, before anything is prepared
     data = instantiate(config.data, _convert_="all")
     backbone = prepare_backbone(config, data)
-    data.prepare(backbone["path"], config.cache_dir, plain(config.data.task),
-                 for_training=config.mode.startswith("fit"))
+    with naming_the_data(checkpoint or backbone["path"]):
+        data.prepare(backbone["path"], config.cache_dir, plain(config.data.task),
+                     for_training=config.mode.startswith("fit"))
     module = build_module(config, backbone)
     module.task_name = data.task.name
     trainer = build_trainer(config, data, folder)
     metrics: dict[str, Any] = {}
-    checkpoint = str(folder.checkpoint or config.ckpt_path or "") or None
     options = {"datamodule": data, "weights_only": True}
     if config.mode in ("fit", "fit_test"):
         if config.mode == "fit_test" and config.test_base:
@@ -196,6 +209,10 @@ def prepare_backbone(config: DictConfig, data: Any) -> dict[str, Any]:
         options |= {"path": str(backbone_of_checkpoint(config.ckpt_path, config.cache_dir)),
                     "random_init": True}
     if not options["path"]:
+        if data.task.vocabulary() is None:
+            rank_zero_warn("a tiny model that has only seen the answer format cannot judge English: "
+                           "this run shows that the pipeline works, nothing else; for results use "
+                           "backbone=hf backbone.path=<model>")
         options["path"] = str(prepare_tiny(
             data.task, tiny=tiny, warm_start=warm_start, task_settings=plain(config.data.task),
             seed=config.seed, cache_dir=config.cache_dir,
@@ -275,6 +292,7 @@ def _hydra_main(config: DictConfig) -> None:
 def main() -> None:
     """Command line: one clear line for what the user did wrong, a traceback for our own faults."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    _FAULTS.clear()
     try:
         _hydra_main()
         if _FAULTS:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +31,32 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"ckpt_path={path}: not a plain checkpoint: {first}") from error
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it would call {found.group(1)}" if found else str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"ckpt_path={path}: refused, not a plain checkpoint of tensors and numbers ({reason})"
+        ) from error
+
+
+@contextmanager
+def naming_the_data(source: str | Path) -> Iterator[None]:
+    """Where a tokenizer cannot encode the data, add what its model was trained on.
+
+    Args:
+        source: Checkpoint, or folder of an exported model.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("the tokenizer of"):
+            raise
+        about = Path(source, "litpost.json")
+        if Path(source).is_file():
+            made = load_checkpoint(source).get("litpost") or {}
+        else:
+            made = json.loads(about.read_text()) if about.is_file() else {}
+        task = made.get("task") or "unknown"
+        raise ValueError(f"{error}; the model of {source} was trained on task '{task}'") from error
 
 
 def backbone_of_checkpoint(path: str | Path, cache_dir: str | Path) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 
 REPO = Path(__file__).resolve().parents[1]
 #: A backbone that is made in a second: small and hardly warmed up.
@@ -21,11 +22,12 @@ SMALL = [
     "backbone.tiny.num_layers=2",
     "backbone.tiny.num_heads=2",
     "backbone.tiny.num_kv_heads=2",
-    "backbone.warm_start.steps=60",
-    "backbone.warm_start.batch_size=32",
+    "backbone.warm_start.steps=200",
+    "backbone.warm_start.batch_size=16",
 ]
 #: Little data and short completions.
 SHORT = [
+    "data.task.length=2",
     "data.task.num_train=24",
     "data.task.num_val=4",
     "data.task.num_test=4",
@@ -113,3 +115,20 @@ def board(folder: Path) -> Any:
 def scalars(reader: Any, tag: str) -> list[tuple[int, float]]:
     """Steps and values of a tag."""
     return [(event.step, event.value) for event in reader.Scalars(tag)]
+
+
+class CrashAt(Callback):
+    """Raises before a training batch: a run that ends in the middle, without a kill.
+
+    Args:
+        batch: Number of the batch since the start of the run.
+    """
+
+    def __init__(self, *, batch: int) -> None:
+        self.batch, self.seen = batch, 0
+
+    def on_train_batch_start(self, *arguments: Any) -> None:
+        """Count and raise."""
+        if self.seen == self.batch:
+            raise KeyError(f"crashed before batch {self.batch}")
+        self.seen += 1

@@ -24,7 +24,8 @@ class HFEngine(Engine):
     """Decodes with the policy that trains, in this process: nothing is copied on ``sync``.
 
     Args:
-        max_sequences: Most completions decoded at once; bounds the KV cache.
+        max_sequences: Most completions decoded at once.
+        max_cached_tokens: Most tokens (prompt and new) in the KV cache at once.
         decoder: ``loop`` is our decode loop, ``generate`` Hugging Face's; the tokens are equal.
 
     Raises:
@@ -32,13 +33,20 @@ class HFEngine(Engine):
     """
 
     def __init__(
-        self, *, max_sequences: int = 512, decoder: Literal["loop", "generate"] = "loop"
+        self,
+        *,
+        max_sequences: int = 512,
+        max_cached_tokens: int = 131072,
+        decoder: Literal["loop", "generate"] = "loop",
     ) -> None:
-        if max_sequences < 1:
-            raise ValueError(f"engine.max_sequences={max_sequences} must be at least 1")
+        if max_sequences < 1 or max_cached_tokens < 1:
+            raise ValueError(
+                f"engine.max_sequences={max_sequences} and engine.max_cached_tokens="
+                f"{max_cached_tokens} must be at least 1"
+            )
         if decoder not in ("loop", "generate"):
             raise ValueError(f"engine.decoder={decoder!r} is unknown; use 'loop' or 'generate'")
-        self.max_sequences = max_sequences
+        self.max_sequences, self.max_cached_tokens = max_sequences, max_cached_tokens
         self.decoder = decoder
         self._policy: Any = None
 
@@ -55,13 +63,11 @@ class HFEngine(Engine):
         config = policy.config
         parameter = next(policy.parameters())
         collective = _Ranks(policy, parameter.device)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
-        size = max(1, self.max_sequences // sampling.samples)
-        chunks = [order[start : start + size] for start in range(0, len(order), size)]
         limits = [
             min(sampling.max_new_tokens, prompt.max_new_tokens or sampling.max_new_tokens)
             for prompt in prompts
         ]
+        chunks = self._chunks(prompts, limits, sampling.samples)
         steps = collective.maximum(max(limits, default=1))
         result: list[list[Completion]] = [[] for _ in prompts]
         eos_ids = _eos_ids(policy)
@@ -89,6 +95,23 @@ class HFEngine(Engine):
         finally:
             policy.train(was_training)
         return result
+
+    def _chunks(
+        self, prompts: Sequence[Prompt], limits: Sequence[int], samples: int
+    ) -> list[list[int]]:
+        """Indexes of prompts decoded together: of like length, within both bounds."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
+        chunks: list[list[int]] = []
+        bound = 0  # new tokens of the open chunk
+        for i in order:
+            bound = max(bound, limits[i])
+            size = (len(chunks[-1]) + 1) * samples if chunks else 0
+            tokens = size * (len(prompts[i].token_ids) + bound)
+            if not chunks or size > self.max_sequences or tokens > self.max_cached_tokens:
+                chunks.append([])
+                bound = limits[i]
+            chunks[-1].append(i)
+        return chunks
 
     def _seeds(self, prompt: Prompt, sampling: Sampling) -> list[int]:
         return [sample_seed(self.key, prompt.uid, index) for index in range(sampling.samples)]

@@ -62,6 +62,7 @@ class PreferencePairs(JudgeTask):
             to the test split.
         max_prompt_tokens: Upper bound of a prompt; longer texts are cut, see
             ``verdict_format``.
+        max_new_tokens: Most tokens of an analysis and its verdict; None leaves the module's bound.
         max_analysis_tokens: Upper bound of each critique in a reflection prompt, before the
             common bound; None has only that one.
         control_token: Appended to every prompt, e.g. ``/no_think`` [paper].
@@ -94,6 +95,7 @@ class PreferencePairs(JudgeTask):
         labels: Literal["required", "optional"] = "required",
         max_prompt_tokens: int = 512,
         max_analysis_tokens: int | None = None,
+        max_new_tokens: int | None = None,
         control_token: str | None = None,
         chat_template: Literal["auto", "off"] = "auto",
         on_bad_row: BadRowPolicy = "error",
@@ -111,6 +113,7 @@ class PreferencePairs(JudgeTask):
         self.test_fraction = 0.0 if "test" in self.sources else test_fraction
         self.seed, self.labels = seed, labels
         self.max_prompt_tokens, self.max_analysis_tokens = max_prompt_tokens, max_analysis_tokens
+        self.max_new_tokens = max_new_tokens
         self.control_token, self.chat_template = control_token, chat_template
         self.on_bad_row, self.max_bad_share = on_bad_row, max_bad_share
         self.on_too_long = on_too_long
@@ -139,7 +142,7 @@ class PreferencePairs(JudgeTask):
                 f"data.task.val_fraction={shares[0]}, data.task.test_fraction={shares[1]}: both "
                 "are shares of the rows, 0 or more, together 1 at most"
             )
-        for key in ("max_prompt_tokens", "max_analysis_tokens"):
+        for key in ("max_prompt_tokens", "max_analysis_tokens", "max_new_tokens"):
             size = getattr(self, key)
             if size is not None and size < 1:
                 problems.append(f"data.task.{key}={size}: 1 or more is needed")
@@ -286,7 +289,7 @@ class PreferencePairs(JudgeTask):
             self._cut_pairs.add(pair.uid)
             self.counts["cut"] = len(self._cut_pairs)
         uid = f"{pair.uid}:{_order(pair)}:pref"
-        return Prompt(uid, ids, self, "pref", pair.label, pair)
+        return Prompt(uid, ids, self, "pref", pair.label, pair, self.max_new_tokens)
 
     def reflection_prompt(
         self, pair: Pair, analyses: tuple[str, str], label: int | None = None, uid: str = ""
@@ -305,7 +308,7 @@ class PreferencePairs(JudgeTask):
         ids, was_cut = self._fit("refl", [*self._texts(pair), *kept])
         self.counts["cut_reflection"] += was_cut or kept != whole
         uid = uid or f"{pair.uid}:{_order(pair)}:refl:{stable_hash(*analyses):016x}"
-        return Prompt(uid, ids, self, "refl", label, (pair, analyses))
+        return Prompt(uid, ids, self, "refl", label, (pair, analyses), self.max_new_tokens)
 
     def _texts(self, pair: Pair) -> list[str]:
         return self._harmless(pair.question, *pair.responses)

@@ -31,12 +31,14 @@ class WarmStartOptions:
     Args:
         steps: Optimizer steps; 0 switches it off.
         batch_size: Sequences a step, fresh every step.
+        max_tokens: Fewer sequences a step where they are long: tokens a step at most.
         gradient_clip: Norm of the gradient at most.
         optimizer: As everywhere.
     """
 
     steps: int = 1000
     batch_size: int = 64
+    max_tokens: int = 8192
     gradient_clip: float = 1.0
     optimizer: dict[str, Any] = field(default_factory=dict)
 
@@ -97,7 +99,10 @@ def _fit(
         backbone={"path": str(folder)}, optimizer=asdict(options),
         progress={"loss": "train/loss"},
     )
-    data = DemonstrationDataModule(task, steps=fit.steps, batch_size=fit.batch_size, seed=seed)
+    examples = task.demonstrations(seed, 0, fit.batch_size)
+    longest = max(len(one.prompt_ids) + len(one.completion_ids) for one in examples)
+    size = max(2, min(fit.batch_size, fit.max_tokens // longest))
+    data = DemonstrationDataModule(task, steps=fit.steps, batch_size=size, seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         trainer = Trainer(

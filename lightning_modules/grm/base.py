@@ -75,6 +75,7 @@ class GenerativeRewardModule(GRPO):
         self.num_votes, self.conf_fraction = num_votes, conf_fraction
         self.inference, self.val_inference = inference, val_inference
         self.judge_task: JudgeTask | None = None  # for judge() without a trainer
+        self._given_task: JudgeTask | None = None  # inside judge(): wins over the trainer's
 
     # ------------------------------------------------------------------ hooks
 
@@ -147,6 +148,8 @@ class GenerativeRewardModule(GRPO):
 
     @property
     def _task(self) -> JudgeTask:
+        if self._given_task is not None:
+            return self._given_task
         if self._trainer is None and self.judge_task is not None:
             return self.judge_task
         task = self.trainer.datamodule.task  # type: ignore[attr-defined]

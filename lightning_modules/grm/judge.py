@@ -29,17 +29,20 @@ def judge_pairs(
     task = task or (data.task if data is not None else module.judge_task)
     if task is None:
         raise ValueError("give judge() a task that was bound to the tokenizer: task=...")
-    module.judge_task = task
-    module.configure_model()
-    engine = engine or (data.engine if data is not None else HFEngine())
-    engine.sync(module.policy, module.global_step)
-    orders = [order for pair in pairs for order in (pair, pair.swap())]
-    is_greedy = module.inference == "greedy"
-    with engine.keyed("judge"):
-        candidates = module.sample(
-            orders, engine, greedy=is_greedy, samples=0 if is_greedy else module.num_votes
-        )
-        verdicts = module.decide(candidates, engine)
+    module.judge_task = module._given_task = task
+    try:
+        module.configure_model()
+        engine = engine or (data.engine if data is not None else HFEngine())
+        engine.sync(module.policy, module.global_step)
+        orders = [order for pair in pairs for order in (pair, pair.swap())]
+        is_greedy = module.inference == "greedy"
+        with engine.keyed("judge"):
+            candidates = module.sample(
+                orders, engine, greedy=is_greedy, samples=0 if is_greedy else module.num_votes
+            )
+            verdicts = module.decide(candidates, engine)
+    finally:
+        module._given_task = None
     records = []
     for number, pair in enumerate(pairs):
         first, second = candidates[2 * number], candidates[2 * number + 1]

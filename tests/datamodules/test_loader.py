@@ -222,7 +222,7 @@ def test_other_accumulation_than_the_window_is_refused(accumulate, window):
         check_window(trainer, Loader(Numbers(12, window=window)))
 
 
-# --- inside Lightning: an interrupted run equals an unbroken one -----------------------------------
+# --- inside Lightning: an interrupted run equals an unbroken one ----------------------------------
 
 
 class Toy(LightningModule):

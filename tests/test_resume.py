@@ -1,0 +1,231 @@
+"""A run that was killed and goes on ends exactly like one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train
+from tests.runs import (
+    REPO,
+    SHORT,
+    SMALL,
+    assert_same_weights,
+    board,
+    call,
+    command,
+    environment,
+    read_jsonl,
+    scalars,
+    unmeasured,
+    weights,
+)
+
+pytestmark = pytest.mark.slow
+EVERY_STEP = ["callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.every_seconds=null"]
+STEPS = 8
+BASE = [*SMALL, *SHORT, *EVERY_STEP, f"trainer.max_steps={STEPS}", "callbacks.sample_table.keep=all"]
+FEW_VOTES = ["model.num_votes=2", "data.build_samples=4"]
+CASES = {
+    "grpo": ["model=grpo"],
+    "grpo-pending": ["model=grpo", "data.passes=2", "data.mini_batches=2", "data.micro_batches=2"],
+    "reflectrm": ["model=reflectrm", *FEW_VOTES],
+}
+Make = Callable[..., Any]
+
+
+def last_of(folder: Path) -> Path:
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def step_of(checkpoint: Path) -> int:
+    if not checkpoint.is_file():
+        return -1
+    return torch.load(checkpoint, weights_only=True, mmap=True)["global_step"]
+
+
+def kill_when(is_time: Callable[[], bool], arguments: list[str], wait: float = 0.0) -> None:
+    """Start a run and send SIGKILL once ``is_time``."""
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(
+        arguments, cwd=REPO, env=environment(), stdout=quiet, stderr=quiet, start_new_session=True
+    )
+    try:
+        while process.poll() is None and not is_time():
+            time.sleep(0.01)
+        time.sleep(wait)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_run_ends_like_the_unbroken_one(
+    case: str, make_config: Make, tmp_path: Path, warm_cache: Path
+) -> None:
+    overrides = [*BASE, *CASES[case]]
+    model = case.split("-")[0]
+    unbroken, killed = tmp_path / model / "unbroken", tmp_path / model / "killed"
+    expected = train.run(make_config(*overrides, "run_id=unbroken"))
+    assert expected["steps"] == STEPS
+    assert expected["train/grad_norm"] > 0, "a run without gradients would prove nothing"
+
+    chance = random.Random(case)
+    started = command(*overrides, "run_id=killed", output_dir=tmp_path, cache_dir=warm_cache)
+    for latest in (STEPS - 3, 3, 1, 1):  # again, and earlier, if it was over before it was killed
+        step = chance.randint(1, latest)
+        kill_when(
+            lambda step=step: step_of(last_of(killed)) >= step, started, chance.random() * 0.05
+        )
+        at = step_of(last_of(killed))
+        if at < STEPS:
+            break
+        started.append("overwrite=true")
+    assert 1 <= at < STEPS, "not killed in the middle"
+    if "pending" in case:
+        state = torch.load(last_of(killed), weights_only=True)["loops"]["fit_loop"]
+        pending = state["state_dict"]["combined_loader"][0]["source"]["pending"]
+        assert len(pending) == -at % 4 * 2, "mini-batches of the open rollout must be saved"
+
+    metrics = train.run(make_config(*overrides, "run_id=killed", "resume=auto"))
+    assert unmeasured(metrics) == unmeasured(expected)
+    assert_same_weights(weights(last_of(unbroken)), weights(last_of(killed)))
+    assert read_jsonl(killed / "samples.jsonl") == read_jsonl(unbroken / "samples.jsonl")
+    one, other = board(unbroken), board(killed)
+    assert one.Tags()["scalars"] == other.Tags()["scalars"]
+    for tag in ("train/loss", "train/entropy", "rollout/reward_mean", "train/policy_lag"):
+        sampled = 4 if "pending" in case and tag.startswith("rollout/") else 1
+        assert [step for step, _ in scalars(one, tag)] == list(range(1, STEPS + 1, sampled))
+        assert scalars(other, tag) == scalars(one, tag)
+    validated = [tag for tag in one.Tags()["scalars"] if tag.startswith("val/")]
+    assert validated
+    for tag in validated:
+        assert [step for step, _ in scalars(one, tag)] == list(range(1, STEPS + 1))
+        assert scalars(other, tag) == scalars(one, tag)
+    assert (killed / "export" / "model.safetensors").read_bytes() == (
+        unbroken / "export" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_killed_in_an_arm_does_not_train_the_run_again(
+    make_config: Make, tmp_path: Path, warm_cache: Path
+) -> None:
+    overrides = [*BASE, "model=reflectrm", *FEW_VOTES, "compare=[rft]", "trainer.max_steps=2"]
+    run = tmp_path / "reflectrm" / "s0"
+    arm = run / "arms" / "rft"
+    started = command(*overrides, output_dir=tmp_path, cache_dir=warm_cache)
+    kill_when(lambda: step_of(last_of(arm)) >= 1, started)
+    assert not (run / "metrics.json").exists()
+    assert step_of(last_of(run)) == 2
+    before = {path: path.stat().st_mtime_ns for path in (last_of(run), run / "samples.jsonl")}
+    again = call(*started, "resume=auto")
+    assert again.returncode == 0, again.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in before}, "trained again"
+    metrics = json.loads((run / "metrics.json").read_text())
+    own = json.loads((arm / "metrics.json").read_text())
+    assert metrics["test/rft/accuracy"] == own["test/accuracy"]
+    assert metrics["steps"] == own["steps"] == 2
+    assert [step for step, _ in scalars(board(run), "test/accuracy")] == [2]
+    assert {"refl", "pref"} == {r["domain"] for r in read_jsonl(run / "samples.jsonl")}
+    assert {"pref"} == {r["domain"] for r in read_jsonl(arm / "samples.jsonl")}
+
+
+def crash(make_config: Make, *overrides: str, batch: int) -> None:
+    """A run that ends before its ``batch``-th training batch."""
+    stop = ["+callbacks.crash._target_=tests.runs.CrashAt", f"+callbacks.crash.batch={batch}"]
+    with pytest.raises(KeyError, match="crashed before"):
+        train.run(make_config(*BASE, "model=grpo", *overrides, *stop))
+
+
+def test_resume_with_nothing_there_starts_fresh_and_a_finished_run_is_kept(
+    make_config: Make, tmp_path: Path
+) -> None:
+    overrides = [*BASE, "model=grpo", "trainer.max_steps=1"]
+    metrics = train.run(make_config(*overrides, "resume=auto"))
+    assert metrics["steps"] == 1
+    run = tmp_path / "grpo" / "s0"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+    with pytest.warns(UserWarning, match="is finished: its metrics are returned"):
+        assert train.run(make_config(*overrides, "resume=auto")) == metrics
+    with pytest.raises(FileExistsError, match=r"a finished run.*resume=auto.*overwrite=true"):
+        train.run(make_config(*overrides))
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+    again = train.run(make_config(*overrides, "overwrite=true", "trainer.max_steps=2"))
+    assert again["steps"] == 2
+    assert {record["step"] for record in read_jsonl(run / "samples.jsonl")} == {1, 2}
+    assert [step for step, _ in scalars(board(run), "train/loss")] == [1, 2]
+
+
+def test_changed_keys_are_named_and_unfinished_files_are_ignored(
+    make_config: Make, tmp_path: Path
+) -> None:
+    crash(make_config, batch=2)
+    run = tmp_path / "grpo" / "s0"
+    assert step_of(last_of(run)) == 2
+    (run / "checkpoints" / "last.unfinished").write_bytes(b"cut off in the middle")
+    with pytest.raises(FileExistsError, match="an unfinished run"):
+        train.run(make_config(*BASE, "model=grpo"))
+    with pytest.warns(UserWarning, match=r"changed keys: .*optimizer.weight_decay \(0.0 -> 0.01\)"):
+        metrics = train.run(
+            make_config(*BASE, "model=grpo", "resume=auto", "optimizer.weight_decay=0.01")
+        )
+    assert metrics["steps"] == STEPS
+    assert [step for step, _ in scalars(board(run), "train/loss")] == list(range(1, STEPS + 1))
+    assert not list(run.rglob("*.unfinished"))
+
+
+def test_a_run_that_left_no_checkpoint_starts_fresh(make_config: Make, tmp_path: Path) -> None:
+    crash(make_config, "callbacks.checkpoint.every_n_steps=null", batch=2)
+    run = tmp_path / "grpo" / "s0"
+    assert not last_of(run).exists()
+    assert {record["step"] for record in read_jsonl(run / "samples.jsonl")} == {1, 2}
+    metrics = train.run(make_config(*BASE, "model=grpo", "resume=auto"))
+    assert metrics["steps"] == STEPS
+    steps = [record["step"] for record in read_jsonl(run / "samples.jsonl")]
+    assert sorted(set(steps)) == list(range(1, STEPS + 1))
+    assert steps == sorted(steps)
+    assert [step for step, _ in scalars(board(run), "train/loss")] == list(range(1, STEPS + 1))
+
+
+class Poison:
+    """Unpickling this makes a folder."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = str(marker)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.marker,)
+
+
+@pytest.mark.parametrize("where", ["resume", "ckpt_path", "logger=none"])
+def test_a_poisoned_checkpoint_is_refused(
+    where: str, make_config: Make, tmp_path: Path, warm_cache: Path
+) -> None:
+    run, marker = tmp_path / "grpo" / "s0", tmp_path / "marker"
+    poisoned = last_of(run) if where != "ckpt_path" else tmp_path / "poisoned.ckpt"
+    poisoned.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": {}, "global_step": 1, "litpost": Poison(marker)}, poisoned)
+    extra = {"resume": ["resume=auto"], "ckpt_path": ["mode=test", f"ckpt_path={poisoned}"]}
+    overrides = [*BASE, "model=grpo", *extra.get(where, ["resume=auto", where])]
+    with pytest.raises(ValueError, match=r"refused, not a plain checkpoint .*would call .*mkdir"):
+        train.run(make_config(*overrides))
+    assert not marker.exists()
+    if where == "resume":
+        result = call(*command(*overrides, output_dir=tmp_path, cache_dir=warm_cache))
+        assert result.returncode == 1
+        assert "error: ckpt_path=" in result.stderr
+        assert "Traceback" not in result.stderr
+        assert not marker.exists()
+    torch.load(poisoned, weights_only=False)
+    assert marker.exists(), "the poison must work where it is let in"
