@@ -35,7 +35,6 @@ from run_tools.checkpoints import backbone_of_checkpoint, load_checkpoint, namin
 from run_tools.checks import check_node, check_options, check_run
 from run_tools.folder import RunFolder, changed_keys, flatten
 from run_tools.messages import explain
-
 from run_tools.table import print_table
 
 CONF = Path(__file__).resolve().parent / "conf"
@@ -55,8 +54,11 @@ def check(config: DictConfig) -> None:
     values = plain(config)
     problems = check_run(values)
     values["trainer"] = trainer_values(values["trainer"], window=1)
-    problems += [p for group in ("data", "model", "callbacks", "logger", "trainer")
-                 for p in check_node(group, values[group])]
+    problems += [
+        p
+        for group in ("data", "model", "callbacks", "logger", "trainer")
+        for p in check_node(group, values[group])
+    ]
     backbone = dict(values["backbone"])
     for name, cls in (("tiny", TinyOptions), ("warm_start", WarmStartOptions)):
         problems += check_options(f"backbone.{name}", backbone.pop(name, None) or {}, cls)
@@ -97,14 +99,17 @@ def run(config: DictConfig) -> dict[str, Any]:
         config.run_dir = str(path if is_fit else path / config.mode)
         config.predictions = config.predictions or f"{config.run_dir}/predictions.jsonl"
     check(config)
-    is_writer = rank_zero_only.rank == 0
+    is_writer = getattr(rank_zero_only, "rank", 0) == 0
     folder = RunFolder.open(
-        config.run_dir, resume=config.resume == "auto" or not is_fit,
-        overwrite=config.overwrite, is_writer=is_writer,
+        config.run_dir,
+        resume=config.resume == "auto" or not is_fit,
+        overwrite=config.overwrite,
+        is_writer=is_writer,
     )
     if folder.metrics is not None and is_fit:
-        rank_zero_warn(f"{folder.path} is finished: its metrics are returned (overwrite=true runs "
-                       f"it again)")
+        rank_zero_warn(
+            f"{folder.path} is finished: its metrics are returned (overwrite=true runs it again)"
+        )
         return folder.metrics
     start = time.perf_counter()
     before = folder.path / "config.yaml"
@@ -122,13 +127,22 @@ def run(config: DictConfig) -> dict[str, Any]:
         folder.write_json("own.json", metrics)
     for arm in config.compare if is_fit else []:
         metrics |= run_arm(config, arm)
-    metrics |= {"seed": config.seed, "model": config.name, "time/wall_s": time.perf_counter() - start,
-                "mem/peak_gib": peak_gib()}
+    metrics |= {
+        "seed": config.seed,
+        "model": config.name,
+        "time/wall_s": time.perf_counter() - start,
+        "mem/peak_gib": peak_gib(),
+    }
     if is_writer:
         folder.write_json("metrics.json" if is_fit else f"{config.mode}.json", metrics)
         (folder.path / "own.json").unlink(missing_ok=True)
-        print_table(f"{'/'.join(parts)} ({config.mode}, seed {config.seed})", metrics, config.table,
-                    config.table_rows, footer_lines(config, folder))
+        print_table(
+            f"{'/'.join(parts)} ({config.mode}, seed {config.seed})",
+            metrics,
+            config.table,
+            config.table_rows,
+            footer_lines(config, folder),
+        )
     return metrics
 
 
@@ -137,14 +151,16 @@ def footer_lines(config: DictConfig, folder: RunFolder) -> list[str]:
     if not config.table:
         return []
     last = folder.path / "checkpoints" / "last.ckpt"
-    return [f"run folder:  {folder.path}",
-            f"TensorBoard: tensorboard --logdir {config.output_dir}",
-            f"test again:  python train.py model={config.name} mode=test ckpt_path={last}"]
+    return [
+        f"run folder:  {folder.path}",
+        f"TensorBoard: tensorboard --logdir {config.output_dir}",
+        f"test again:  python train.py model={config.name} mode=test ckpt_path={last}",
+    ]
 
 
 def run_arm(config: DictConfig, arm: str) -> dict[str, Any]:
     """Train a further arm of this run in its sub-folder; its rows are ``test/<arm>/...``."""
-    changed = OmegaConf.merge(config, OmegaConf.from_dotlist(list(config.arms[arm])))
+    changed: Any = OmegaConf.merge(config, OmegaConf.from_dotlist(list(config.arms[arm])))
     with open_dict(changed):
         changed.compare, changed.test_base, changed.table = [], False, []
         changed.output_dir, changed.name = config.run_dir, "arms"
@@ -167,8 +183,12 @@ def run_one(config: DictConfig, folder: RunFolder) -> dict[str, Any]:
     data = instantiate(config.data, _convert_="all")
     backbone = prepare_backbone(config, data)
     with naming_the_data(checkpoint or backbone["path"]):
-        data.prepare(backbone["path"], config.cache_dir, plain(config.data.task),
-                     for_training=config.mode.startswith("fit"))
+        data.prepare(
+            backbone["path"],
+            config.cache_dir,
+            plain(config.data.task),
+            for_training=config.mode.startswith("fit"),
+        )
     module = build_module(config, backbone)
     module.task_name = data.task.name
     trainer = build_trainer(config, data, folder)
@@ -185,8 +205,11 @@ def run_one(config: DictConfig, folder: RunFolder) -> dict[str, Any]:
             metrics |= {f"test/base/{tag[5:]}": value for tag, value in base.items()}
         began = time.perf_counter()
         trainer.fit(module, ckpt_path=checkpoint, **options)
-        metrics |= {"time/train_s": time.perf_counter() - began, "steps": trainer.global_step,
-                    "bad_steps": module.bad_steps}
+        metrics |= {
+            "time/train_s": time.perf_counter() - began,
+            "steps": trainer.global_step,
+            "bad_steps": module.bad_steps,
+        }
         if config.mode == "fit_test":
             trainer.test(module, verbose=False, **options)
         metrics |= module.results
@@ -206,18 +229,28 @@ def prepare_backbone(config: DictConfig, data: Any) -> dict[str, Any]:
     options = plain(config.backbone)
     tiny, warm_start = options.pop("tiny"), options.pop("warm_start")
     if not options["path"] and config.ckpt_path and not config.mode.startswith("fit"):
-        options |= {"path": str(backbone_of_checkpoint(config.ckpt_path, config.cache_dir)),
-                    "random_init": True}
+        options |= {
+            "path": str(backbone_of_checkpoint(config.ckpt_path, config.cache_dir)),
+            "random_init": True,
+        }
     if not options["path"]:
         if data.task.vocabulary() is None:
-            rank_zero_warn("a tiny model that has only seen the answer format cannot judge English: "
-                           "this run shows that the pipeline works, nothing else; for results use "
-                           "backbone=hf backbone.path=<model>")
-        options["path"] = str(prepare_tiny(
-            data.task, tiny=tiny, warm_start=warm_start, task_settings=plain(config.data.task),
-            seed=config.seed, cache_dir=config.cache_dir,
-            callbacks=[RunProgressBar(label="warm start")],
-        ))
+            rank_zero_warn(
+                "a tiny model that has only seen the answer format cannot judge English: "
+                "this run shows that the pipeline works, nothing else; for results use "
+                "backbone=hf backbone.path=<model>"
+            )
+        options["path"] = str(
+            prepare_tiny(
+                data.task,
+                tiny=tiny,
+                warm_start=warm_start,
+                task_settings=plain(config.data.task),
+                seed=config.seed,
+                cache_dir=config.cache_dir,
+                callbacks=[RunProgressBar(label="warm start")],
+            )
+        )
     return options
 
 
@@ -225,8 +258,14 @@ def build_module(config: DictConfig, backbone: dict[str, Any]) -> Any:
     """The LightningModule from plain values."""
     lora = plain(config.lora)
     enabled = lora.pop("enabled")
-    return instantiate(config.model, backbone=backbone, optimizer=plain(config.optimizer),
-                       lora=lora if enabled else None, _recursive_=False, _convert_="all")
+    return instantiate(
+        config.model,
+        backbone=backbone,
+        optimizer=plain(config.optimizer),
+        lora=lora if enabled else None,
+        _recursive_=False,
+        _convert_="all",
+    )
 
 
 def build_trainer(config: DictConfig, data: Any, folder: RunFolder) -> pl.Trainer:
@@ -241,8 +280,13 @@ def build_trainer(config: DictConfig, data: Any, folder: RunFolder) -> pl.Traine
             extra = {"purge_step": made["global_step"] + 1}
         loggers.append(instantiate(logger, **extra))
     values = trainer_values(plain(config.trainer), getattr(data, "window", 1))
-    return instantiate(values, callbacks=callbacks, logger=loggers,
-                       default_root_dir=config.run_dir, _convert_="all")
+    return instantiate(
+        values,
+        callbacks=callbacks,
+        logger=loggers,
+        default_root_dir=config.run_dir,
+        _convert_="all",
+    )
 
 
 @rank_zero_only
@@ -271,7 +315,12 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     hf_logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    for text in (".*LeafSpec.*", ".*module.s. in eval mode.*", ".*does not have many workers.*", ".*smaller than the logging.*"):
+    for text in (
+        ".*LeafSpec.*",
+        ".*module.s. in eval mode.*",
+        ".*does not have many workers.*",
+        ".*smaller than the logging.*",
+    ):
         warnings.filterwarnings("ignore", message=text)
 
 

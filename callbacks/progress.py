@@ -48,9 +48,14 @@ class RunProgressBar(ProgressBar):
         if not self._enabled or not sys.stderr.isatty():
             return
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"),
-            console=Console(stderr=True), transient=label != self.label,
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=Console(stderr=True),
+            transient=label != self.label,
         )
         self._progress.start()
         self._task = self._progress.add_task(label, total=total, numbers="")

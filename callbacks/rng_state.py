@@ -20,7 +20,8 @@ class RngState(Callback):
     def state_dict(self) -> dict[str, Any]:
         """States of all ranks as plain containers (checkpoints load with ``weights_only``)."""
         version, words, gauss = random.getstate()
-        name, keys, place, has_gauss, cached = np.random.get_state()
+        state: Any = np.random.get_state()
+        name, keys, place, has_gauss, cached = state
         mine: dict[str, Any] = {
             "python": [version, list(words), gauss],
             "numpy": [name, keys.tolist(), place, has_gauss, cached],

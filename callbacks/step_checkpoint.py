@@ -108,7 +108,7 @@ class StepCheckpoint(Checkpoint):
             is_due = is_due or time.monotonic() - self._saved_time >= self.every_seconds
         if trainer.strategy.broadcast(is_due):
             self._is_due = True
-            loop = trainer.fit_loop.epoch_loop
+            loop: Any = trainer.fit_loop.epoch_loop
             is_validated = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
             if not is_validated and step != trainer.max_steps:
                 self._save_due(trainer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from datamodules.tasks.base import Task
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a completion ended. Truncated and failed ones are never scored as ordinary text."""
 
     STOP = "stop"

@@ -9,8 +9,8 @@ For every training pair the untrained backbone writes ``samples`` outputs at T =
 
 Preference and reflection items stand 4 : 1 [paper]. The label of a reflection item is the outcome
 [paper]; ``reflection_label=step_truth`` takes the task's own truth instead. An unparsed output is
-neither right nor wrong, so it keeps its pair from being "all right" [our choice]. The data are never
-refreshed [paper].
+neither right nor wrong, so it keeps its pair from being "all right" [our choice]. The data are
+never refreshed [paper].
 """
 
 from __future__ import annotations
@@ -120,10 +120,15 @@ class JudgeDataModule(RolloutDataModule):
         self.engine.sync(model, 0)
         with self.engine.keyed(f"{self.seed}/build"):
             pref, refl, stats = build_items(
-                self.judge_task, self.engine, pairs,
-                samples=self.build_samples, ratio=self.pref_refl_ratio,
-                label=self.reflection_label, rebalance_slots=self.rebalance_slots,
-                drop_all_right=self.drop_all_right, seed=self.seed,
+                self.judge_task,
+                self.engine,
+                pairs,
+                samples=self.build_samples,
+                ratio=self.pref_refl_ratio,
+                label=self.reflection_label,
+                rebalance_slots=self.rebalance_slots,
+                drop_all_right=self.drop_all_right,
+                seed=self.seed,
             )
         for name, rows in (("pref", pref), ("refl", refl)):
             lines = [json.dumps(row) for row in rows]
@@ -160,7 +165,7 @@ class JudgeDataModule(RolloutDataModule):
         wanted = self.prompts_per_rollout
         if self._pools is None and wanted.get("refl") and not self.build_stats.get("reflections"):
             rank_zero_warn(
-                "the backbone gave no pair both a right and a wrong parsed verdict, so there are no "
+                "the backbone gave no pair both a right and a wrong verdict, so there are no "
                 "reflection prompts: training goes on with preferences only"
             )
             self.prompts_per_rollout = {k: v for k, v in wanted.items() if k != "refl"}
@@ -198,8 +203,9 @@ def build_items(
         Preference rows, reflection rows, and counts.
     """
     prompts = [task.preference_prompt(pair) for pair in pairs]
-    groups = engine.generate(prompts, Sampling(temperature=1.0, samples=samples,
-                                               max_new_tokens=_limit(prompts)))
+    groups = engine.generate(
+        prompts, Sampling(temperature=1.0, samples=samples, max_new_tokens=_limit(prompts))
+    )
     chance = random.Random(f"{seed}/judging")
     pool: list[Pair] = []
     refl: list[dict[str, Any]] = []
@@ -214,8 +220,9 @@ def build_items(
             continue
         pool.append(pair)
         if right and wrong:
-            item = _reflection(task, pair, chance.choice(right), chance.choice(wrong), label,
-                               chance.random() < 0.5)
+            item = _reflection(
+                task, pair, chance.choice(right), chance.choice(wrong), label, chance.random() < 0.5
+            )
             if item is not None:
                 refl.append(item)
     stats = {
@@ -268,8 +275,10 @@ def _proportion(
 
 def _rebalance(pairs: list[Pair], chance: random.Random) -> list[Pair]:
     """Swap random pairs of the more frequent label until both labels are equally frequent."""
-    slots = {1: [i for i, p in enumerate(pairs) if p.label == 1],
-             2: [i for i, p in enumerate(pairs) if p.label == 2]}
+    slots = {
+        1: [i for i, p in enumerate(pairs) if p.label == 1],
+        2: [i for i, p in enumerate(pairs) if p.label == 2],
+    }
     more = max(slots, key=lambda slot: len(slots[slot]))
     surplus = abs(len(slots[1]) - len(slots[2])) // 2
     swapped = set(chance.sample(slots[more], surplus))

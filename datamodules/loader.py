@@ -35,6 +35,7 @@ class Source(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what ``state_dict`` gave."""
+        del state  # a source that keeps no state has nothing to take
 
 
 class Loader:

@@ -71,8 +71,9 @@ class RolloutDataModule(LightningDataModule):
         counts = {"mini_batches": mini_batches, "passes": passes, "micro_batches": micro_batches}
         counts["eval_batch_size"] = eval_batch_size
         problems = [f"data.{k}={v} must be at least 1" for k, v in counts.items() if v < 1]
-        problems += [f"data.shares.{k}={v} must be at least 1"
-                     for k, v in (shares or {}).items() if v < 1]
+        problems += [
+            f"data.shares.{k}={v} must be at least 1" for k, v in (shares or {}).items() if v < 1
+        ]
         if problems:
             raise ValueError("; ".join(problems))
         self.task, self.engine = task, engine
@@ -182,7 +183,7 @@ class RolloutDataModule(LightningDataModule):
 
     def collect(self, index: int) -> Rollouts:
         """Sample and score rollout ``index`` with the attached module's hooks."""
-        module = self.trainer.lightning_module  # type: ignore[union-attr]
+        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
         clock = _Clock()
         prompts = self.draw(index)
         self.engine.sync(module.policy, module.global_step)

@@ -65,12 +65,21 @@ def linear_logprob_entropy(
     rows = max(1, workspace_mb * 2**20 // (4 * vocabulary))
     safe = torch.where(kept, targets, 0)
     parts = [
-        _slice(hidden[i : i + rows], weight, safe[i : i + rows], bias, temperature,
-               with_entropy, entropy_grad)
+        _slice(
+            hidden[i : i + rows],
+            weight,
+            safe[i : i + rows],
+            bias,
+            temperature,
+            with_entropy,
+            entropy_grad,
+        )
         for i in range(0, max(1, len(targets)), rows)
     ]
     logprob = torch.cat([part[0] for part in parts])
-    entropy = torch.cat([part[1] for part in parts if part[1] is not None]) if with_entropy else None
+    entropy = (
+        torch.cat([part[1] for part in parts if part[1] is not None]) if with_entropy else None
+    )
     return LogprobEntropy(
         torch.where(kept, logprob, 0.0),
         None if entropy is None else torch.where(kept, entropy, 0.0),

@@ -20,11 +20,17 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_modules.backbones.causal_lm import CausalLM, load_causal_lm
+from lightning_modules.backbones.causal_lm import load_causal_lm
 from lightning_modules.backbones.export import backbone_files, export_hf
 from lightning_modules.backbones.sharding import shard
-from lightning_modules.functional.sums import Metrics, Summary, merge, merge_summaries, means
-from lightning_modules.functional.sums import summary_scalars
+from lightning_modules.functional.sums import (
+    Metrics,
+    Summary,
+    means,
+    merge,
+    merge_summaries,
+    summary_scalars,
+)
 from lightning_modules.optim import build_optimizer
 from lightning_modules.options import (
     BackboneOptions,
@@ -67,7 +73,7 @@ class BaseModule(LightningModule):
         self.lora_options = None if lora is None else read_options(LoraOptions, lora, "lora")
         self.max_bad_steps = max_bad_steps
         self.progress = dict(progress or {})
-        self.policy: CausalLM | None = None
+        self.policy: Any = None  # a CausalLM, once configure_model has built it
         self.bad_steps = 0
         self.strict_loading = False  # our own check in on_load_checkpoint is stricter and clearer
         self.task_name = ""
@@ -219,8 +225,10 @@ class BaseModule(LightningModule):
     def export(self, folder: str | Path, tokenizer: Any) -> None:
         """Write the policy as a plain Hugging Face folder; every rank must call it."""
         assert self.policy is not None
-        info = {"module": f"{type(self).__module__}.{type(self).__qualname__}",
-                "task": self.task_name}
+        info = {
+            "module": f"{type(self).__module__}.{type(self).__qualname__}",
+            "task": self.task_name,
+        }
         is_writer = self._trainer is None or self.trainer.is_global_zero
         export_hf(self.policy, tokenizer, folder, info=info, is_writer=is_writer)
 

@@ -25,8 +25,9 @@ def load_kernels(name: str) -> ModuleType:
     """
     if _NAME not in sys.modules:
         root = Path(__file__).resolve().parent.parent
-        folder = next((root / f for f in ("kernels", _NAME) if (root / f / "reference.py").is_file()),
-                      None)
+        folder = next(
+            (root / f for f in ("kernels", _NAME) if (root / f / "reference.py").is_file()), None
+        )
         if folder is None:
             raise ImportError(f"LitPost's kernels folder is not in {root}: reinstall litpost")
         package = ModuleType(_NAME, "Fused LM-head operations of LitPost.")

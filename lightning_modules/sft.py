@@ -28,7 +28,10 @@ class SFT(BaseModule):
     def training_step(self, batch: Supervised, batch_idx: int) -> Tensor:
         """Sum over domains of the mean negative log-prob of a completion token."""
         logprobs = completion_logprobs(
-            self.policy, batch.input_ids, batch.prompt_lengths, batch.mask,
+            self.policy,
+            batch.input_ids,
+            batch.prompt_lengths,
+            batch.mask,
             with_entropy=False,
         ).logprob
         total = logprobs.new_zeros(())

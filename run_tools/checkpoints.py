@@ -22,8 +22,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path)
     if file.is_dir():
-        raise ValueError(f"ckpt_path={path}: is a folder; distributed checkpoints are refused "
-                         f"(they unpickle). An exported folder goes to backbone.path instead")
+        raise ValueError(
+            f"ckpt_path={path}: is a folder; distributed checkpoints are refused "
+            f"(they unpickle). An exported folder goes to backbone.path instead"
+        )
     if not file.is_file():
         near = sorted(file.parent.glob("*.ckpt")) if file.parent.is_dir() else []
         hint = f"; there is {near[0]}" if near else ""

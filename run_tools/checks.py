@@ -53,7 +53,9 @@ def locate(path: str) -> Any:
 
 def fits(value: Any, annotation: Any) -> bool:
     """Whether a plain config value suits an annotation; what cannot be judged fits."""
-    if annotation in (Any, inspect.Parameter.empty) or isinstance(annotation, (str, typing.TypeVar)):
+    if annotation in (Any, inspect.Parameter.empty) or isinstance(
+        annotation, (str, typing.TypeVar)
+    ):
         return True
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
@@ -144,16 +146,12 @@ def _check_values(
             continue
         if name not in known:
             if not is_open:
-                problems.append(
-                    f"unknown key '{key}.{name}'{nearest(name, list(known))}"
-                )
+                problems.append(f"unknown key '{key}.{name}'{nearest(name, list(known))}")
         elif not fits(value, known[name]):
             hint = ""
             if typing.get_origin(known[name]) is Literal:
                 hint = nearest(str(value), [str(a) for a in typing.get_args(known[name])])
-            problems.append(
-                f"{key}.{name}={value!r} must be {describe(known[name])}{hint}"
-            )
+            problems.append(f"{key}.{name}={value!r} must be {describe(known[name])}{hint}")
     return problems
 
 
@@ -198,8 +196,10 @@ def check_run(config: Mapping[str, Any]) -> list[str]:
     for arm in config.get("compare") or []:
         if arm not in arms:
             known = ", ".join(arms) or "none"
-            problems.append(f"compare: unknown arm {arm!r}; this model has: {known}"
-                            f"{nearest(str(arm), list(arms))}")
+            problems.append(
+                f"compare: unknown arm {arm!r}; this model has: {known}"
+                f"{nearest(str(arm), list(arms))}"
+            )
     mode, path = config.get("mode"), config.get("ckpt_path")
     if mode == "predict" and not path and not (config.get("backbone") or {}).get("path"):
         problems.append(

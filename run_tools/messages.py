@@ -27,8 +27,13 @@ def explain(error: BaseException, conf: Path) -> str | None:
     if kind == "MissingMandatoryValue":
         key = text.split(":")[-1].strip()
         return f"{key} is required: add {key}=<value> to the command"
-    if kind in ("OverrideParseException", "ConfigAttributeError", "ConfigKeyError",
-                "InterpolationKeyError", "ValidationError"):
+    if kind in (
+        "OverrideParseException",
+        "ConfigAttributeError",
+        "ConfigKeyError",
+        "InterpolationKeyError",
+        "ValidationError",
+    ):
         return " ".join(text.split())
     if isinstance(error, USER_ERRORS) or kind in ("MisconfigurationException", "RuntimeError"):
         if kind == "RuntimeError" and "bad_batch.pt" not in text:
@@ -43,8 +48,10 @@ def _missing_option(text: str, conf: Path) -> str:
         return text.splitlines()[0]
     group, option = found.groups()
     options = sorted(p.stem for p in (conf / group).glob("*.yaml") if not p.stem.startswith("_"))
-    return (f"{group}={option} is unknown{nearest(option, options)} {group} has: "
-            f"{', '.join(options) or 'no options'}")
+    return (
+        f"{group}={option} is unknown{nearest(option, options)} {group} has: "
+        f"{', '.join(options) or 'no options'}"
+    )
 
 
 def _composition(text: str, conf: Path) -> str:
@@ -52,8 +59,10 @@ def _composition(text: str, conf: Path) -> str:
     if key:
         name = key.group(1)
         known = known_keys(conf)
-        return (f"unknown key '{name}'{nearest(name, known) or _by_leaf(name, known)} "
-                f"(--cfg job prints all keys; +{name}=... adds a new one)")
+        return (
+            f"unknown key '{name}'{nearest(name, known) or _by_leaf(name, known)} "
+            f"(--cfg job prints all keys; +{name}=... adds a new one)"
+        )
     missing = re.search(r"Could not find '([\w/.-]+)'", text)
     if missing:
         return _missing_option(f"'{missing.group(1)}'", conf)

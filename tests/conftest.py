@@ -32,9 +32,9 @@ def _guards() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     assert torch.get_default_dtype() == dtype, "the test changed the default dtype"
-    assert not (
-        torch.distributed.is_available() and torch.distributed.is_initialized()
-    ), "the test left a process group behind"
+    assert not (torch.distributed.is_available() and torch.distributed.is_initialized()), (
+        "the test left a process group behind"
+    )
     os.environ.clear()
     os.environ.update(environment)
 
@@ -61,8 +61,9 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from lightning_modules.backbones.tiny import TinyOptions, build_tiny
 
     folder = tmp_path_factory.mktemp("tiny")
-    shape = TinyOptions(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2,
-                        num_kv_heads=2, head_dim=16)
+    shape = TinyOptions(
+        hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16
+    )
     build_tiny(folder, PrefixAudit().vocabulary(), shape, seed=0)
     return folder
 

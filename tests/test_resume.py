@@ -33,7 +33,13 @@ from tests.runs import (
 pytestmark = pytest.mark.slow
 EVERY_STEP = ["callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.every_seconds=null"]
 STEPS = 8
-BASE = [*SMALL, *SHORT, *EVERY_STEP, f"trainer.max_steps={STEPS}", "callbacks.sample_table.keep=all"]
+BASE = [
+    *SMALL,
+    *SHORT,
+    *EVERY_STEP,
+    f"trainer.max_steps={STEPS}",
+    "callbacks.sample_table.keep=all",
+]
 FEW_VOTES = ["model.num_votes=2", "data.build_samples=4"]
 CASES = {
     "grpo": ["model=grpo"],

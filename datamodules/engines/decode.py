@@ -49,10 +49,12 @@ class _BufferedLayer(DynamicLayer):
             shape[3] = value_states.shape[3]
             self.values = value_states.new_empty(shape)
         end = self.used + key_states.shape[2]
-        self.keys[:, :, self.used : end] = key_states
-        self.values[:, :, self.used : end] = value_states
+        keys, values = self.keys, self.values
+        assert keys is not None and values is not None
+        keys[:, :, self.used : end] = key_states
+        values[:, :, self.used : end] = value_states
         self.used = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return keys[:, :, :end], values[:, :, :end]
 
     def get_seq_length(self) -> int:
         return self.used
@@ -204,7 +206,7 @@ class _Loop:
         self.mask = mask.to(device)
         self.positions = (self.mask.cumsum(-1) - 1).clamp_(min=0)
         self.length = longest
-        layer = partial(_BufferedLayer, steps) if buffered else DynamicLayer
+        layer: Any = partial(_BufferedLayer, steps) if buffered else DynamicLayer
         self.cache = Cache(layer_class_to_replicate=layer)
         self.live: Tensor | slice = slice(None)
 
@@ -226,7 +228,8 @@ class _Loop:
         return logits.index_select(0, rows)
 
     def _select(self, rows: Tensor) -> None:
-        for layer in self.cache.layers:
+        layers: list[Any] = self.cache.layers
+        for layer in layers:
             layer.keys = layer.keys.index_select(0, rows)
             layer.values = layer.values.index_select(0, rows)
         self.mask = self.mask.index_select(0, rows)

@@ -1,4 +1,4 @@
-"""Replays recorded rollouts: the same completions for the same prompts, whatever the weights are."""
+"""Replays recorded rollouts: the same completions for the same prompts, whatever the weights."""
 
 from __future__ import annotations
 
@@ -43,9 +43,13 @@ class ScriptedEngine(Engine):
                 reason = FinishReason(record.get("finish_reason", "stop"))
                 uid = str(record["uid"])
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"engine.path: {where}: not a recorded rollout ({error!r})") from error
+                raise ValueError(
+                    f"engine.path: {where}: not a recorded rollout ({error!r})"
+                ) from error
             if len(logprobs) != len(ids):
-                raise ValueError(f"engine.path: {where}: {len(ids)} tokens, {len(logprobs)} logprobs")
+                raise ValueError(
+                    f"engine.path: {where}: {len(ids)} tokens, {len(logprobs)} logprobs"
+                )
             self._script.setdefault(uid, []).append(Completion(ids, logprobs, reason))
 
     def sync(self, policy: Any, version: int) -> None:

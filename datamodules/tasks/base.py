@@ -104,9 +104,7 @@ class Pair:
         """The same pair with its slots exchanged and its label negated."""
         first, second = self.responses
         label = None if self.label is None else 3 - self.label
-        return replace(
-            self, responses=(second, first), label=label, swapped=not self.swapped
-        )
+        return replace(self, responses=(second, first), label=label, swapped=not self.swapped)
 
 
 @dataclass(frozen=True)

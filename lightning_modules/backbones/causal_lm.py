@@ -150,7 +150,9 @@ class CausalLM(nn.Module):
         mask, lengths = completions.mask, completions.prompt_lengths
         _, member = torch.unique(completions.groups, return_inverse=True)
         first = torch.full((int(member.max()) + 1,), len(member), device=mask.device)
-        first = first.scatter_reduce(0, member, torch.arange(len(member), device=mask.device), "amin")
+        first = first.scatter_reduce(
+            0, member, torch.arange(len(member), device=mask.device), "amin"
+        )
         size, width = lengths[first], int(lengths.max())
         source = torch.arange(width, device=mask.device) - (width - size)[:, None]  # left padding
         is_prompt = source >= 0
@@ -158,14 +160,18 @@ class CausalLM(nn.Module):
         padded = None if bool(is_prompt.all()) else is_prompt.long()
         cache = DynamicCache(config=self.config)
         read = self.base.base_model(
-            input_ids=prompts, attention_mask=padded, position_ids=source.clamp(min=0),
-            past_key_values=cache, use_cache=True,
+            input_ids=prompts,
+            attention_mask=padded,
+            position_ids=source.clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
         ).last_hidden_state
         rows, places = mask.nonzero(as_tuple=True)
         steps = mask.shape[1] - 1
         hidden = read[:, -1].index_select(0, member)[:, None]  # predicts the first token
         if steps:
-            for layer in cache.layers:
+            layers: list[Any] = cache.layers
+            for layer in layers:
                 layer.keys = layer.keys.index_select(0, member)
                 layer.values = layer.values.index_select(0, member)
             offsets = lengths[:, None] + torch.arange(steps, device=mask.device)
@@ -173,8 +179,11 @@ class CausalLM(nn.Module):
             if padded is not None:
                 padded = torch.cat([padded.index_select(0, member), torch.ones_like(tokens)], 1)
             written = self.base.base_model(
-                input_ids=tokens, attention_mask=padded, position_ids=offsets,
-                past_key_values=cache, use_cache=True,
+                input_ids=tokens,
+                attention_mask=padded,
+                position_ids=offsets,
+                past_key_values=cache,
+                use_cache=True,
             ).last_hidden_state
             hidden = torch.cat([hidden, written], dim=1)
         return hidden[rows, places]
@@ -219,12 +228,16 @@ def load_causal_lm(options: BackboneOptions, lora: LoraOptions | None = None) ->
         ValueError: The folder is missing or is no causal LM, or LoRA on the head.
     """
     dtype: Any = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    shared = {"trust_remote_code": options.trust_remote_code, "revision": options.revision or "main"}
+    shared = {
+        "trust_remote_code": options.trust_remote_code,
+        "revision": options.revision or "main",
+    }
     try:
         if options.random_init:
             config = AutoConfig.from_pretrained(options.path, **shared)
             model = AutoModelForCausalLM.from_config(
-                config, dtype=None if dtype == "auto" else dtype,
+                config,
+                dtype=None if dtype == "auto" else dtype,
                 attn_implementation=options.attn_implementation,
                 trust_remote_code=options.trust_remote_code,
             )
@@ -253,8 +266,10 @@ def _add_lora(model: Any, lora: LoraOptions) -> Any:
     return get_peft_model(
         model,
         LoraConfig(
-            r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,  # type: ignore[arg-type]
-            target_modules=targets, task_type="CAUSAL_LM",
+            r=lora.r,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]
+            lora_dropout=lora.dropout,  # type: ignore[arg-type]
+            target_modules=targets,
+            task_type="CAUSAL_LM",
         ),
     )
-

@@ -91,12 +91,17 @@ def prepare_tiny(
 
 
 def _fit(
-    folder: Path, task: Task, tokenizer: Any, fit: WarmStartOptions, seed: int,
+    folder: Path,
+    task: Task,
+    tokenizer: Any,
+    fit: WarmStartOptions,
+    seed: int,
     callbacks: Sequence[Any],
 ) -> None:
     options = read_options(OptimizerOptions, fit.optimizer, "backbone.warm_start.optimizer")
     module = SFT(
-        backbone={"path": str(folder)}, optimizer=asdict(options),
+        backbone={"path": str(folder)},
+        optimizer=asdict(options),
         progress={"loss": "train/loss"},
     )
     examples = task.demonstrations(seed, 0, fit.batch_size)
@@ -106,10 +111,19 @@ def _fit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         trainer = Trainer(
-            max_steps=fit.steps, max_epochs=-1, accelerator="auto", devices=1, logger=False,
-            enable_checkpointing=False, enable_model_summary=False, callbacks=list(callbacks),
-            enable_progress_bar=bool(callbacks), gradient_clip_val=fit.gradient_clip,
-            use_distributed_sampler=False, barebones=False, plugins=_single_process(),
+            max_steps=fit.steps,
+            max_epochs=-1,
+            accelerator="auto",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            callbacks=list(callbacks),
+            enable_progress_bar=bool(callbacks),
+            gradient_clip_val=fit.gradient_clip,
+            use_distributed_sampler=False,
+            barebones=False,
+            plugins=_single_process(),
         )
         trainer.fit(module, datamodule=data)
     assert module.policy is not None

@@ -139,7 +139,9 @@ class GenerativeRewardModule(GRPO):
             )
         return [
             Candidates(
-                pair=pair, prompt=prompt, key=engine.key,
+                pair=pair,
+                prompt=prompt,
+                key=engine.key,
                 greedy=self.judgement(prompt, one[0]) if one else None,
                 samples=[self.judgement(prompt, completion) for completion in many],
             )
@@ -154,8 +156,10 @@ class GenerativeRewardModule(GRPO):
             return self.judge_task
         task = self.trainer.datamodule.task  # type: ignore[attr-defined]
         if not isinstance(task, JudgeTask):
-            raise ValueError(f"data: task '{task.name}' has no pairs to judge; use data=prefix_audit "
-                             f"or data=preference_file")
+            raise ValueError(
+                f"data: task '{task.name}' has no pairs to judge; use data=prefix_audit "
+                f"or data=preference_file"
+            )
         return task
 
     def verdicts_by_arm(
@@ -259,8 +263,10 @@ class GenerativeRewardModule(GRPO):
             return [c.greedy.winner if c.greedy else None for c in candidates]
         if self.inference == "best_confidence":
             best = [choose_anchor(c.confidences, c.verdicts) for c in candidates]
-            return [None if i is None else c.samples[i].winner
-                    for c, i in zip(candidates, best, strict=True)]
+            return [
+                None if i is None else c.samples[i].winner
+                for c, i in zip(candidates, best, strict=True)
+            ]
         return [self.select_verdict(c) for c in candidates]
 
     def predict_step(self, batch: Rows, batch_idx: int) -> list[dict[str, Any]]:

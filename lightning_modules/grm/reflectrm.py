@@ -117,8 +117,9 @@ class ReflectRM(GenerativeRewardModule):
                     )
                 )
                 places.append((number, index, slot))
-        beats = [torch.zeros(len(c.samples[: self.num_votes]), dtype=torch.bool)
-                 for c in candidates]
+        beats = [
+            torch.zeros(len(c.samples[: self.num_votes]), dtype=torch.bool) for c in candidates
+        ]
         for (number, index, slot), winner in zip(
             places, self._reflection_winners(prompts, engine), strict=True
         ):
@@ -155,8 +156,14 @@ class ReflectRM(GenerativeRewardModule):
             )
             draws = torch.tensor([c.uniform(f"winner/{i}") for i in range(size)])
             chosen = select_winners(
-                better, c.verdicts[:size], anchor, rule=rule, copies=copies,
-                exclude_copies=exclude, label=c.pair.label, uniforms=draws,
+                better,
+                c.verdicts[:size],
+                anchor,
+                rule=rule,
+                copies=copies,
+                exclude_copies=exclude,
+                label=c.pair.label,
+                uniforms=draws,
             )
             outcomes.append(two_stage_verdict(chosen, c.verdicts[:size], anchor))
         return outcomes
@@ -227,7 +234,8 @@ class ReflectRM(GenerativeRewardModule):
         mask = torch.tensor(counted).repeat_interleave(2)
         fallback = torch.tensor([o.fallback for o in outcomes])
         metrics["infer/winner_set_size"] = masked_sum_count(
-            torch.tensor([float(o.size) for o in outcomes]), mask)
+            torch.tensor([float(o.size) for o in outcomes]), mask
+        )
         metrics["infer/anchor_fallback"] = masked_sum_count(fallback, mask)
         metrics["infer/tie"] = masked_sum_count(torch.tensor([o.tie for o in outcomes]), mask)
         parsed = [sum(map(bool, c.verdicts[: self.num_votes])) for c in candidates]
@@ -266,7 +274,7 @@ class ReflectRM(GenerativeRewardModule):
         outcome = [winner == slot for winner, (slot, _) in zip(winners, facts, strict=True)]
         truth = [w == t for w, (_, t) in zip(winners, facts, strict=True) if t is not None]
         first = [float(winner == 1) for winner in winners if winner is not None]
-        metrics = {
+        metrics: Metrics = {
             "reflection_accuracy": masked_sum_count(torch.tensor(truth or outcome)),
             "reflection_accuracy_outcome": masked_sum_count(torch.tensor(outcome)),
         }
@@ -280,8 +288,8 @@ class ReflectRM(GenerativeRewardModule):
         accuracy = values.get("test/reflection_accuracy")
         if accuracy is not None and accuracy < 0.8:
             rank_zero_warn(
-                f"reflection accuracy is {accuracy:.2f}, below 0.8: two-stage inference throws good "
-                f"votes away when the model cannot tell a right analysis from a wrong one"
+                f"reflection accuracy is {accuracy:.2f}, below 0.8: two-stage inference drops good "
+                f"votes when the model cannot tell a right analysis from a wrong one"
             )
         two_stage = values.get("test/two_stage/accuracy")
         vote = values.get(f"test/maj{self.num_votes}/accuracy")

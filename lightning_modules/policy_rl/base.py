@@ -75,16 +75,23 @@ class PolicyModule(BaseModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        check_choice("model.loss_aggregation", loss_aggregation,
-                     ("token_mean", "sequence_mean", "sequence_sum_const"))
+        check_choice(
+            "model.loss_aggregation",
+            loss_aggregation,
+            ("token_mean", "sequence_mean", "sequence_sum_const"),
+        )
         problems = [
             f"model.{name}={value} must be {bound}"
             for name, value, is_right, bound in (
                 ("samples_per_prompt", samples_per_prompt, samples_per_prompt >= 1, "at least 1"),
                 ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
                 ("temperature", temperature, temperature > 0, "above 0"),
-                ("annotate_batch_size", annotate_batch_size, annotate_batch_size >= 1,
-                 "at least 1"),
+                (
+                    "annotate_batch_size",
+                    annotate_batch_size,
+                    annotate_batch_size >= 1,
+                    "at least 1",
+                ),
             )
             if not is_right
         ]
@@ -165,9 +172,13 @@ class PolicyModule(BaseModule):
     def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
         """Loss of one micro-batch: a pure function of the batch and the weights."""
         tokens = completion_logprobs(
-            self.policy, batch.input_ids, batch.prompt_lengths, batch.mask,
+            self.policy,
+            batch.input_ids,
+            batch.prompt_lengths,
+            batch.mask,
             groups=batch.groups if self.share_prompts else None,
-            temperature=self.temperature, with_entropy=self.with_entropy,
+            temperature=self.temperature,
+            with_entropy=self.with_entropy,
         )
         per_token, metrics = self.policy_loss(tokens.logprob, batch)
         self.record({f"train/{name}": value for name, value in metrics.items()})
@@ -177,8 +188,11 @@ class PolicyModule(BaseModule):
             per_token = per_token + penalty
         # Lightning divides by the window's micro-batches; the denominators are the window's own
         loss = batch.window_size * aggregate(
-            per_token, batch.mask, mode=self.loss_aggregation,
-            num_tokens=batch.window_tokens or None, num_sequences=batch.window_sequences or None,
+            per_token,
+            batch.mask,
+            mode=self.loss_aggregation,
+            num_tokens=batch.window_tokens or None,
+            num_sequences=batch.window_sequences or None,
             max_length=self.max_new_tokens,
         )
         self.record(self._step_metrics(loss, tokens, batch))
@@ -207,10 +221,13 @@ class PolicyModule(BaseModule):
             rows = torch.arange(start, min(start + self.annotate_batch_size, len(full)))
             piece = full.select(rows)
             result = completion_logprobs(
-                policy, piece.input_ids.to(self.device), piece.prompt_lengths.to(self.device),
+                policy,
+                piece.input_ids.to(self.device),
+                piece.prompt_lengths.to(self.device),
                 piece.mask.to(self.device),
                 groups=piece.groups.to(self.device) if self.share_prompts else None,
-                temperature=self.temperature, with_entropy=False,
+                temperature=self.temperature,
+                with_entropy=False,
             ).logprob
             width = full.mask.shape[1] - result.shape[1]
             pieces.append(torch.nn.functional.pad(result.detach().float().cpu(), (0, width)))

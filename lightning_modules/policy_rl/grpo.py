@@ -71,8 +71,10 @@ class GRPO(PolicyModule):
         """Group-relative advantages ``(N,)``; groups are prompts, so tasks share no baseline."""
         assert rollouts.reward is not None
         result = group_advantages(
-            rollouts.reward, rollouts.groups,
-            normalize_std=self.normalize_std, baseline=self.baseline,
+            rollouts.reward,
+            rollouts.groups,
+            normalize_std=self.normalize_std,
+            baseline=self.baseline,
         )
         return result.advantages, {"rollout/zero_variance": masked_sum_count(result.zero_variance)}
 
@@ -80,8 +82,13 @@ class GRPO(PolicyModule):
         """Clipped surrogate ``(N, T)``; without old log-probs the policy is the sampler."""
         old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         return clipped_policy_loss(
-            logprobs, old, batch.advantages, batch.mask,
-            clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip,
+            logprobs,
+            old,
+            batch.advantages,
+            batch.mask,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            dual_clip=self.dual_clip,
         )
 
     def regularizer(

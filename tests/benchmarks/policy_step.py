@@ -86,20 +86,41 @@ class StepClock(Callback):
 def measure(steps: int, decoder: str) -> dict[str, Any]:
     """Medians over the steps after two warm-up steps."""
     task = RandomPrompts()
-    shape = TinyOptions(hidden_size=160, intermediate_size=480, num_layers=4, num_heads=4,
-                        num_kv_heads=4, head_dim=40)
+    shape = TinyOptions(
+        hidden_size=160,
+        intermediate_size=480,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=40,
+    )
     with tempfile.TemporaryDirectory() as folder:
         build_tiny(folder, task.vocabulary(), shape, seed=0)
-        data = RolloutDataModule(task=task, engine=HFEngine(decoder=decoder),  # type: ignore[arg-type]
-                                 prompts_per_rollout=PROMPTS)
+        data = RolloutDataModule(
+            task=task,
+            engine=HFEngine(decoder=decoder),  # type: ignore[arg-type]
+            prompts_per_rollout=PROMPTS,
+        )
         data.bind(AutoTokenizer.from_pretrained(folder))
-        module = GRPO(backbone=folder, optimizer={"lr": 1e-4}, samples_per_prompt=SAMPLES,
-                      max_new_tokens=NEW_TOKENS)
+        module = GRPO(
+            backbone=folder,
+            optimizer={"lr": 1e-4},
+            samples_per_prompt=SAMPLES,
+            max_new_tokens=NEW_TOKENS,
+        )
         clock = StepClock()
         trainer = Trainer(
-            max_steps=steps + 2, max_epochs=-1, accelerator="auto", devices=1, logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-            callbacks=[clock], use_distributed_sampler=False, gradient_clip_val=1.0,
+            max_steps=steps + 2,
+            max_epochs=-1,
+            accelerator="auto",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[clock],
+            use_distributed_sampler=False,
+            gradient_clip_val=1.0,
             inference_mode=False,
         )
         trainer.fit(module, datamodule=data)
@@ -117,7 +138,9 @@ def yardstick(python: str, steps: int, threads: int) -> dict[str, Any]:
     script = Path(__file__).with_name("trl_yardstick.py")
     output = subprocess.run(
         [python, str(script), "--steps", str(steps), "--threads", str(threads)],
-        check=True, capture_output=True, text=True,
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout
     return json.loads([line for line in output.splitlines() if line.startswith("{")][-1])
 
@@ -136,17 +159,22 @@ def main() -> None:
     for turn in range(args.turns):
         row = measure(args.steps, args.decoder)
         ours.append(row["total"])
-        print(f"litpost {turn}: {row['total']:.3f} s a step  rollout {row['rollout']:.3f}  score "
-              f"{row['score']:.3f}  train {row['train']:.3f}  {row['tokens_per_s']:.0f} tokens/s  "
-              f"({args.threads} threads)", flush=True)
+        print(
+            f"litpost {turn}: {row['total']:.3f} s a step  rollout {row['rollout']:.3f}  score "
+            f"{row['score']:.3f}  train {row['train']:.3f}  {row['tokens_per_s']:.0f} tokens/s  "
+            f"({args.threads} threads)",
+            flush=True,
+        )
         if args.trl_python:
             other = yardstick(args.trl_python, args.steps, args.threads)
             theirs.append(other["seconds_per_step"])
             print(f"trl     {turn}: {json.dumps(other)}", flush=True)
     if theirs:
         ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-        print(f"ratio litpost / trl: median {statistics.median(ratios):.2f} of {len(ratios)} turns "
-              f"({min(ratios):.2f} to {max(ratios):.2f})")
+        print(
+            f"ratio litpost / trl: median {statistics.median(ratios):.2f} of {len(ratios)} turns "
+            f"({min(ratios):.2f} to {max(ratios):.2f})"
+        )
     else:
         print("TRL is not installed: pip install -e '.[bench]' for the ratio")
 
