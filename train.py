@@ -37,6 +37,8 @@ from run_tools.folder import RunFolder, changed_keys, flatten
 from run_tools.messages import explain
 from run_tools.table import print_table
 
+#: Keys of the group ``backbone`` that only the warm start reads.
+TINY_KEYS = ("tiny", "warm_start")
 CONF = Path(__file__).resolve().parent / "conf"
 
 
@@ -122,7 +124,12 @@ def run(config: DictConfig) -> dict[str, Any]:
     if is_writer:
         OmegaConf.save(config, before, resolve=True)
     own = folder.read_json("own.json") if is_fit else None  # killed while an arm was trained
-    metrics = own or run_one(config, folder)
+    try:
+        metrics = own or run_one(config, folder)
+    except Exception:
+        if is_writer:
+            folder.discard_if_empty()
+        raise
     if own is None and is_fit and config.compare and is_writer:
         folder.write_json("own.json", metrics)
     for arm in config.compare if is_fit else []:
@@ -156,6 +163,29 @@ def footer_lines(config: DictConfig, folder: RunFolder) -> list[str]:
         f"TensorBoard: tensorboard --logdir {config.output_dir}",
         f"test again:  python train.py model={config.name} mode=test ckpt_path={last}",
     ]
+
+
+def load(run_dir: str | Path) -> Any:
+    """The trained module of a finished run, ready for ``module.judge(pairs)`` and the like.
+
+    Args:
+        run_dir: Folder with ``config.yaml`` and ``export/``.
+
+    Example:
+        >>> judge = load("outputs/reflectrm/s0")  # doctest: +SKIP
+        >>> judge.judge([Pair("1", "2 0 1 1", ("2 2 0 1", "2 2 1 1"))])  # doctest: +SKIP
+    """
+    config: Any = OmegaConf.load(Path(run_dir, "config.yaml"))
+    data = instantiate(config.data, _convert_="all")
+    path = str(Path(run_dir, "export"))
+    data.prepare(path, config.cache_dir, for_training=False)
+    backbone = plain(config.backbone) | {"path": path}
+    config.lora.enabled = False  # the export has its adapters merged
+    module = build_module(config, {k: v for k, v in backbone.items() if k not in TINY_KEYS})
+    module.configure_model()
+    module.eval()
+    module.judge_task = data.task
+    return module
 
 
 def run_arm(config: DictConfig, arm: str) -> dict[str, Any]:
@@ -280,13 +310,17 @@ def build_trainer(config: DictConfig, data: Any, folder: RunFolder) -> pl.Traine
             extra = {"purge_step": made["global_step"] + 1}
         loggers.append(instantiate(logger, **extra))
     values = trainer_values(plain(config.trainer), getattr(data, "window", 1))
-    return instantiate(
+    trainer = instantiate(
         values,
         callbacks=callbacks,
         logger=loggers,
         default_root_dir=config.run_dir,
         _convert_="all",
     )
+    if getattr(trainer.strategy, "_data_parallel_size", None) == "auto":
+        # Lightning's own "auto" shards over machines only
+        trainer.strategy._data_parallel_size = trainer.num_devices * trainer.num_nodes
+    return trainer
 
 
 @rank_zero_only
@@ -317,6 +351,7 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for text in (
         ".*LeafSpec.*",
+        ".*sync_dist=True.*",  # values are gathered before they are logged
         ".*module.s. in eval mode.*",
         ".*does not have many workers.*",
         ".*smaller than the logging.*",

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -138,6 +139,12 @@ class RolloutDataModule(LightningDataModule):
                         f"data.prompts_per_rollout.{domain}={count}, but there are no such "
                         f"training prompts; domains with prompts: {', '.join(known) or 'none'}"
                     )
+                if count > len(chosen):
+                    key = f"data.prompts_per_rollout{'.' + domain if domain else ''}"
+                    rank_zero_warn(
+                        f"{key}={count}, but there are only {len(chosen)} such training prompts: "
+                        f"each rollout takes them all"
+                    )
                 if count:
                     pools[domain] = chosen
             if not pools:
@@ -162,8 +169,10 @@ class RolloutDataModule(LightningDataModule):
         rank, world = self.ranks
         drawn: list[Prompt] = []
         for domain, pool in self.pools().items():
-            count = min(self.prompts_per_rollout[domain], len(pool))
-            if count % world:
+            count = self.prompts_per_rollout[domain]
+            if count > len(pool) >= world:  # ``pools`` warned
+                count = len(pool) // world * world
+            if count % world or count > len(pool):
                 raise ValueError(
                     f"data.prompts_per_rollout{'.' + domain if domain else ''}={count} cannot be "
                     f"divided by {world} processes"

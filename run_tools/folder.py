@@ -59,6 +59,12 @@ class RunFolder:
             folder.path.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def discard_if_empty(self) -> None:
+        """Remove the folder of a run that failed before it did anything, so that it can start anew."""
+        names = {item.name for item in self.path.iterdir()} if self.path.is_dir() else set()
+        if names <= {"config.yaml", "tensorboard"}:
+            shutil.rmtree(self.path, ignore_errors=True)
+
     @property
     def metrics_path(self) -> Path:
         """Written last: its existence means that the run is finished."""

@@ -19,13 +19,17 @@ def explain(error: BaseException, conf: Path) -> str | None:
     """
     kind, text = type(error).__name__, str(error).strip()
     if kind == "InstantiationException" and error.__cause__ is not None:
-        return explain(error.__cause__, conf) or text.splitlines()[0]
+        return explain(error.__cause__, conf) or " ".join(text.split())
+    if kind == "InstantiationException":
+        return " ".join(text.split())
     if kind == "MissingConfigException":
         return _missing_option(text, conf)
     if kind == "ConfigCompositionException":
         return _composition(text + " " + str(error.__cause__ or ""), conf)
-    if kind == "MissingMandatoryValue":
-        key = text.split(":")[-1].strip()
+    if kind in ("MissingMandatoryValue", "InterpolationToMissingValueError"):
+        found = re.search(r"Missing mandatory value: ([\w.]+\.\w+)", text)
+        found = found or re.search(r"full_key: ([\w.]+)", text)
+        key = found.group(1) if found else text.split(":")[-1].strip()
         return f"{key} is required: add {key}=<value> to the command"
     if kind in (
         "OverrideParseException",
@@ -59,6 +63,9 @@ def _composition(text: str, conf: Path) -> str:
     if key:
         name = key.group(1)
         known = known_keys(conf)
+        having = _options_with(name, conf) if name in known else []
+        if having:
+            return f"{name} is no key of what is chosen here; it goes with {' or '.join(having)}"
         return (
             f"unknown key '{name}'{nearest(name, known) or _by_leaf(name, known)} "
             f"(--cfg job prints all keys; +{name}=... adds a new one)"
@@ -67,6 +74,13 @@ def _composition(text: str, conf: Path) -> str:
     if missing:
         return _missing_option(f"'{missing.group(1)}'", conf)
     return " ".join(text.split())
+
+
+def _options_with(name: str, conf: Path) -> list[str]:
+    """Options (``group=option``) whose file has a key of its group."""
+    group = name.split(".")[0]
+    files = sorted(path for path in (conf / group).glob("*.yaml") if not path.stem.startswith("_"))
+    return [f"{group}={path.stem}" for path in files if name in _keys_of(path, [group])]
 
 
 def _by_leaf(name: str, known: list[str]) -> str:
@@ -82,15 +96,21 @@ def known_keys(conf: Path) -> list[str]:
     keys: dict[str, None] = {}
     for path in sorted(conf.rglob("*.yaml")):
         group = path.parent.relative_to(conf).as_posix()
-        lines = path.read_text().splitlines()
-        is_global = any("@package _global_" in line for line in lines)
-        prefix = [] if is_global or group == "." else group.split("/")[:1]
-        stack: list[tuple[int, str]] = []
-        for line in lines:
-            match = re.match(r"^( *)([A-Za-z_]\w*):", line)
-            if not match:
-                continue
-            indent = len(match.group(1))
-            stack = [item for item in stack if item[0] < indent] + [(indent, match.group(2))]
-            keys[".".join(prefix + [part for _, part in stack])] = None
+        keys |= dict.fromkeys(_keys_of(path, [] if group == "." else group.split("/")[:1]))
     return [key for key in keys if "_target_" not in key and not key.startswith("hydra")]
+
+
+def _keys_of(path: Path, prefix: list[str]) -> list[str]:
+    lines = path.read_text().splitlines()
+    if any("@package _global_" in line for line in lines):
+        prefix = []
+    keys = []
+    stack: list[tuple[int, str]] = []
+    for line in lines:
+        match = re.match(r"^( *)([A-Za-z_]\w*):", line)
+        if not match:
+            continue
+        indent = len(match.group(1))
+        stack = [item for item in stack if item[0] < indent] + [(indent, match.group(2))]
+        keys.append(".".join(prefix + [part for _, part in stack]))
+    return keys

@@ -39,16 +39,18 @@ def print_table(
     footer: Sequence[str] = (),
 ) -> None:
     """Print the closing table and what to do next; see ``arm_rows``."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
     found = arm_rows(metrics, columns, rows)
     if found:
-        table = Table(title=title)
+        table = Table(title=title, box=box.SIMPLE_HEAD)
         table.add_column("arm", no_wrap=True)
         for name in columns:
-            table.add_column(name.replace("_", " "), justify="right", overflow="fold")
+            words = name.split("_")
+            table.add_column(" ".join(words), justify="right", min_width=max(map(len, words)))
         for arm, values in found:
             cells = ["" if value is None else f"{float(value):.3f}" for value in values]
             table.add_row(arm, *cells)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import socket
@@ -13,6 +15,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
+
+import train
 
 REPO = Path(__file__).resolve().parents[1]
 #: A backbone that is made in a second: small and hardly warmed up.
@@ -62,6 +66,21 @@ def call(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; the process group dies with a time-out."""
     options = {"env": environment(), "cwd": REPO, "timeout": 300} | options
     return subprocess.run(list(arguments), capture_output=True, text=True, **options)
+
+
+def main(*arguments: str) -> tuple[int, str, str]:
+    """The command line in this process: exit status, standard output and error."""
+    output, errors, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["train.py", *arguments]
+    status = 0
+    try:
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(output):
+            train.main()
+    except SystemExit as end:
+        status = int(end.code or 0)
+    finally:
+        sys.argv = before
+    return status, output.getvalue(), errors.getvalue()
 
 
 def free_port() -> str:
@@ -132,3 +151,22 @@ class CrashAt(Callback):
         if self.seen == self.batch:
             raise KeyError(f"crashed before batch {self.batch}")
         self.seen += 1
+
+
+class SeenPrompts(Callback):
+    """Writes which prompts each rank trained on.
+
+    Args:
+        folder: Where to; one file a rank.
+    """
+
+    def __init__(self, *, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
+        """Add the prompts of the rollout that is trained on."""
+        rollouts = trainer.datamodule.last_rollouts
+        line = json.dumps([rollouts.index, sorted({prompt.uid for prompt in rollouts.prompts})])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / f"rank{trainer.global_rank}.jsonl", "a") as handle:
+            handle.write(line + "\n")

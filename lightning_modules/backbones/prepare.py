@@ -38,7 +38,7 @@ class WarmStartOptions:
 
     steps: int = 1000
     batch_size: int = 64
-    max_tokens: int = 8192
+    max_tokens: int = 4096
     gradient_clip: float = 1.0
     optimizer: dict[str, Any] = field(default_factory=dict)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from datamodules.engines.base import Sampling, sample_seed
 from datamodules.engines.decode import choose_tokens, supports_buffered_cache, uniforms
@@ -29,6 +30,7 @@ def sharpen(policy: CausalLM) -> CausalLM:
             if parameter.ndim == 2:
                 parameter.normal_(std=0.35 if "lora" not in name else 0.2)
     policy.generation_config.eos_token_id = list(EOS)
+    assert supports_buffered_cache(policy.config) is (policy.config.model_type == "qwen3")
     return policy
 
 
@@ -95,21 +97,19 @@ def test_loop_writes_what_generate_writes(policy, prompts, sampling):
     assert [len(group) for group in loop] == [sampling.samples] * len(prompts)
 
 
-def test_loop_without_the_buffered_cache_writes_the_same(policy, prompts):
-    """Sliding-window layers use the cache of transformers; a wide window changes nothing else."""
-    assert supports_buffered_cache(policy.config)
-    sampling = SAMPLINGS["plain"]
-    wanted = engine_for(policy).generate(prompts, sampling)
-    kinds = policy.config.layer_types
-    try:
-        policy.config.layer_types = ["sliding_attention"] * len(kinds)
-        assert not supports_buffered_cache(policy.config)
-        policy.config.layer_types = kinds
-        policy.config.sliding_window = 4096
-        assert not supports_buffered_cache(policy.config)
-        assert_same(engine_for(policy).generate(prompts, sampling), wanted)
-    finally:
-        policy.config.layer_types, policy.config.sliding_window = kinds, None
+@by_sampling
+def test_loop_on_a_model_with_absolute_positions(prompts, sampling):
+    """Here padding must not shift positions; and its cache is the one of transformers."""
+    torch.manual_seed(0)
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 83}
+    config = GPT2Config(**shape, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    policy = sharpen(CausalLM(GPT2LMHeadModel(config)).eval())
+    loop = engine_for(policy).generate(prompts, sampling)
+    other = engine_for(policy, decoder="generate").generate(prompts, sampling)
+    assert_same(loop, other)
+    for prompt, group in zip(prompts, loop, strict=True):
+        reported, wanted = reported_and_recomputed(policy, prompt, group[0], sampling)
+        assert reported == pytest.approx(wanted, abs=1e-4)
 
 
 @by_sampling
@@ -202,6 +202,9 @@ def test_keys_and_samples_draw_differently(policy, prompts):
     second = tokens(engine_for(policy, "b").generate(prompts[:3], sampling))
     for mine, theirs in zip(first, second, strict=True):
         assert mine != theirs and len(set(mine)) > 1
+    twins = [Prompt(uid, (4, 9, 3), prompts[0].task) for uid in ("one", "two")]
+    one, two = tokens(engine_for(policy, "a").generate(twins, sampling))
+    assert one != two  # equal prompts with names of their own
     engine = engine_for(policy, "a")
     with pytest.raises(KeyError), engine.keyed("b"):
         assert tokens(engine.generate(prompts[:3], sampling)) == second

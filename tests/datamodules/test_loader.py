@@ -234,6 +234,7 @@ class Toy(LightningModule):
         self.net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 1))
         self.rows, self.fail_at = rows, fail_at
         self.seen: list[tuple[int, list[int]]] = []
+        self.validated: list[int] = []
 
     def training_step(self, batch: Rows, batch_idx: int) -> Tensor:
         if self.fail_at is not None and len(self.seen) == self.fail_at:
@@ -242,6 +243,12 @@ class Toy(LightningModule):
         rows = torch.tensor(batch.items, dtype=torch.float32)[:, None]
         inputs = torch.sin(rows * torch.arange(1.0, 5.0))
         return (self.net(inputs) - torch.cos(rows)).square().mean()
+
+    def validation_step(self, batch: Rows, batch_idx: int) -> None:
+        self.validated.append(self.global_step)
+
+    def val_dataloader(self) -> Loader:
+        return Loader(RowSource(self.rows, batch_size=20))
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.05)
@@ -276,7 +283,7 @@ def fit(
             RngState(),
             StepCheckpoint(folder=str(folder), every_seconds=None, every_n_steps=1),
         ],
-        **flags,
+        **{"limit_val_batches": 0} | flags,
     )
     torch.manual_seed(7)  # a fresh process is seeded alike; a resumed one takes the saved state
     path = str(folder / "last.ckpt") if resume else None
@@ -322,6 +329,19 @@ def test_run_killed_inside_a_window_resumes_bit_for_bit(unbroken, tmp_path, batc
     before = fit(tmp_path, STEPS, fail_at=batches)
     after = fit(tmp_path, STEPS, resume=True)
     assert before.seen[: batches // 2 * 2] + after.seen == unbroken.seen
+    assert_equal_bits(after.net, unbroken.net)
+
+
+@pytest.mark.parametrize("every", [2, 4, 6])
+@pytest.mark.parametrize("batches", [4, 6, 7, 8, 12, 13])
+def test_killed_run_with_validations_resumes_with_each_once(unbroken, tmp_path, batches, every):
+    """Validations after every step, every second, and at the end of each epoch."""
+    flags = {"limit_val_batches": 1, "val_check_interval": every, "check_val_every_n_epoch": None}
+    flags["num_sanity_val_steps"] = 0
+    before = fit(tmp_path, STEPS, fail_at=batches, **flags)
+    after = fit(tmp_path, STEPS, resume=True, **flags)
+    assert before.seen[: batches // 2 * 2] + after.seen == unbroken.seen
+    assert before.validated + after.validated == list(range(every // 2, STEPS + 1, every // 2))
     assert_equal_bits(after.net, unbroken.net)
 
 

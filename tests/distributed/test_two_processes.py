@@ -1,0 +1,175 @@
+"""Two gloo processes on one machine compute what one process computes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from lightning_modules.backbones.causal_lm import load_causal_lm
+from lightning_modules.options import BackboneOptions
+from tests.distributed.decode_worker import PROMPTS, completions
+from tests.runs import (
+    REPO,
+    SHORT,
+    SMALL,
+    assert_same_weights,
+    call,
+    command,
+    environment,
+    read_jsonl,
+    weights,
+)
+
+pytestmark = pytest.mark.slow
+Make = Callable[..., Any]
+#: One plain step whose gradient is clipped: weights differ where gradients or norms do.
+STEP = [
+    "model=grpo", "mode=fit", *SMALL, *SHORT, "trainer.max_steps=1", "trainer.limit_val_batches=0",
+    "callbacks.sample_table.keep=all", "trainer.gradient_clip_val=0.1",
+]  # fmt: skip
+SGD = ["optimizer.class_path=torch.optim.SGD", "optimizer.lr=1.0", "optimizer.warmup_steps=0"]
+TWO = {
+    "ddp": ["trainer.strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu"],
+    "fsdp": ["trainer=fsdp", "trainer.devices=2", "trainer.accelerator=cpu"],
+}
+OPTIMIZERS = {"sgd": SGD, "adamw": ["optimizer.lr=1e-3", "optimizer.warmup_steps=0"]}
+
+
+def last_of(folder: Path) -> Path:
+    return folder / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def recorded(base: Path, warm_cache: Path) -> Path:
+    """Rollouts that one process wrote; every strategy replays them."""
+    overrides = [*STEP, "name=recorded"]
+    result = call(*command(*overrides, output_dir=base, cache_dir=warm_cache))
+    assert result.returncode == 0, result.stderr
+    path = base / "recorded" / "s0" / "samples.jsonl"
+    assert len({record["reward"] for record in read_jsonl(path)}) > 1, "no gradient at all"
+    return path
+
+
+def replay(recorded: Path, optimizer: str, *more: str) -> list[str]:
+    script = ["engine=scripted", f"engine.path={recorded}", *OPTIMIZERS[optimizer]]
+    return [*STEP, *script, "data.micro_batches=2", *more]
+
+
+@pytest.mark.parametrize("strategy", TWO)
+def test_one_step_equals_one_process(
+    strategy: str, recorded: Path, base: Path, make_config: Make, tmp_path: Path, warm_cache: Path
+) -> None:
+    optimizer = "sgd" if strategy == "ddp" else "adamw"
+    seen = f"callbacks.seen.folder={tmp_path / 'seen'}"
+    both = [*replay(recorded, optimizer), *TWO[strategy], f"+{seen}",
+            "+callbacks.seen._target_=tests.runs.SeenPrompts"]  # fmt: skip
+    result = call(*command(*both, "run_id=two", output_dir=tmp_path, cache_dir=warm_cache))
+    assert result.returncode == 0, result.stderr
+    alone = train.run(make_config(*replay(recorded, optimizer), "run_id=one"))
+    one, two = tmp_path / "grpo" / "one", tmp_path / "grpo" / "two"
+    assert_same_weights(weights(last_of(one)), weights(last_of(two)), atol=1e-5)
+    start = weights(last_of(one))
+    untrained = load_file(recorded_backbone(recorded))
+    moved = [k for k, v in untrained.items() if not torch.equal(v, start[f"policy.model.{k}"])]
+    assert len(moved) == len(untrained), "the step must move every tensor"
+
+    metrics = json.loads((two / "metrics.json").read_text())
+    for tag in ("train/loss", "train/entropy", "train/grad_norm", "rollout/reward_mean"):
+        assert metrics[tag] == pytest.approx(alone[tag], abs=1e-5), tag
+
+    ranks = [read_jsonl(tmp_path / "seen" / f"rank{rank}.jsonl") for rank in (0, 1)]
+    uids = [set(rows[0][1]) for rows in ranks]
+    assert not uids[0] & uids[1]
+    assert uids[0] | uids[1] == {record["uid"] for record in read_jsonl(recorded)}
+
+    export = load_file(two / "export" / "model.safetensors")
+    saved = {k.removeprefix("policy.model."): v for k, v in weights(last_of(two)).items()}
+    assert_same_weights(saved, export)
+    reloaded = train.run(
+        make_config(*STEP, "mode=test", f"ckpt_path={last_of(two)}", "run_id=reloaded")
+    )
+    assert 0 <= reloaded["test/reward"] <= 1
+
+
+def recorded_backbone(recorded: Path) -> Path:
+    """Weights that the recorded run started from."""
+    saved = torch.load(last_of(recorded.parent), weights_only=True)
+    return Path(saved["hyper_parameters"]["backbone"]["path"]) / "model.safetensors"
+
+
+def torchrun(*arguments: str) -> list[str]:
+    """Two processes; the rendezvous takes a port that is free then."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    return [*launcher, "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", *arguments]
+
+
+def test_decoding_with_a_sharded_policy(recorded: Path, tmp_path: Path) -> None:
+    folder, output = recorded_backbone(recorded).parent, tmp_path / "tokens.json"
+    worker = str(REPO / "tests" / "distributed" / "decode_worker.py")
+    options = {"env": environment(PYTHONPATH=str(REPO))}
+    result = call(*torchrun(worker, str(folder), str(output)), **options)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(output.read_text())
+    policy = load_causal_lm(BackboneOptions(path=str(folder))).eval()
+    expected = completions(policy, None, list(range(len(PROMPTS))))
+    for kind in ("greedy", "sampled"):
+        assert set(found["all"][kind]) == set(expected[kind])
+        for number, group in expected[kind].items():
+            tokens = [ids for ids, _ in group]
+            assert [ids for ids, _ in found["all"][kind][number]] == tokens
+            for number_of_rank_0 in found["one rank idle"][kind]:
+                assert number_of_rank_0 in ("0", "2", "4")
+    for number, group in found["all"]["sampled"].items():
+        prompt = PROMPTS[int(number)]
+        for ids, logprobs in group:
+            with torch.no_grad():
+                logits = policy(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+            again = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+            assert torch.allclose(again, torch.tensor(logprobs), atol=1e-4)
+    for number, group in found["one rank idle"]["greedy"].items():
+        assert [ids for ids, _ in group] == [ids for ids, _ in expected["greedy"][number]]
+
+
+def test_two_torchrun_ranks_prepare_once(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    overrides = ["model=reflectrm", *SMALL, *SHORT, *TWO["ddp"], "trainer.max_steps=1", "mode=fit",
+                 "data.prompts_per_rollout.refl=0", "data.build_samples=4"]  # fmt: skip
+    script = command(*overrides, output_dir=tmp_path / "out", cache_dir=cache)[1:]
+    result = call(*torchrun(*script))
+    assert result.returncode == 0, result.stderr
+    steps = next(key.split("=")[1] for key in SMALL if key.startswith("backbone.warm_start.steps"))
+    assert result.stderr.count(f"warm start {steps}/{steps}") == 1, result.stderr
+    assert not list(cache.glob("*.unfinished"))
+    kinds = sorted(path.name.split("-")[0] for path in cache.iterdir() if path.is_dir())
+    assert kinds == ["backbone", "judging"]
+    metrics = json.loads((tmp_path / "out" / "reflectrm" / "s0" / "metrics.json").read_text())
+    assert metrics["steps"] == 1
+
+
+def test_a_whole_sharded_run_with_an_arm(tmp_path: Path, warm_cache: Path) -> None:
+    overrides = ["model=reflectrm", *SMALL, *SHORT, *TWO["fsdp"], "compare=[rft]",
+                 "data.prompts_per_rollout.refl=4", "model.num_votes=2"]  # fmt: skip
+    result = call(*command(*overrides, output_dir=tmp_path, cache_dir=warm_cache))
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "reflectrm" / "s0"
+    found = sorted(path.relative_to(run).as_posix() for path in run.rglob("metrics.json"))
+    assert found == ["arms/rft/metrics.json", "metrics.json"]
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert {"test/two_stage/accuracy", "test/rft/accuracy", "steps"} <= metrics.keys()
+    assert result.stdout.count("run folder:") == 1, "rank 0 alone prints"
+    assert (run / "export" / "model.safetensors").is_file()
+    records = read_jsonl(run / "samples.jsonl")
+    assert {record["step"] for record in records} == {1, 2}

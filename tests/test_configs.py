@@ -1,0 +1,309 @@
+"""Every file under conf/ composes and its parts are built; every model's smoke run is complete."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf, open_dict
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from run_tools.folder import RunFolder, flatten
+from tests.runs import REPO, SHORT, SMALL, board, command, main, read_jsonl, scalars
+
+CONF = REPO / "conf"
+UNFITTED = [*SMALL, "backbone.warm_start.steps=0"]
+Make = Callable[..., Any]
+
+
+def options(group: str) -> list[str]:
+    """Names of a group's option files, those for inheriting left out."""
+    names = (path.stem for path in (CONF / group).glob("*.yaml"))
+    return sorted(name for name in names if not name.startswith("_"))
+
+
+GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in ("hydra", "claim"))
+PARTS = [(group, name) for group in GROUPS for name in options(group) if group != "experiment"]
+CLAIMS = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in CONF.glob("claim/*/*.yaml"))
+MODELS = options("model")
+
+
+def test_the_groups_are_those_of_the_design() -> None:
+    expected = {"model", "data", "backbone", "engine", "reward", "lora", "optimizer", "trainer",
+                "callbacks", "logger", "experiment", "debug"}  # fmt: skip
+    assert set(GROUPS) == expected
+    assert MODELS
+    assert CLAIMS
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small preference file."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [
+        {"question": f"{i}?", "response_A": "a", "response_B": "b", "label": "AB"[i % 2]}
+        for i in range(12)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def build(config: Any, folder: Path) -> tuple[Any, Any, Any]:
+    """Data, module and trainer of a config, built as ``train.run`` does it."""
+    with open_dict(config):
+        config.run_dir, config.predictions = str(folder), str(folder / "predictions.jsonl")
+    train.check(config)
+    data = instantiate(config.data, _convert_="all")
+    backbone = train.prepare_backbone(config, data)
+    data.bind(AutoTokenizer.from_pretrained(backbone["path"]))
+    module = train.build_module(config, backbone)
+    module.configure_model()
+    trainer = train.build_trainer(config, data, RunFolder(folder))
+    names = {config.callbacks[name]._target_ for name in config.callbacks}
+    built = {f"{type(c).__module__}.{type(c).__name__}" for c in trainer.callbacks}
+    assert names <= built
+    assert len(trainer.loggers) == len(config.logger)
+    for split in ("val", "test"):
+        batch = next(iter(getattr(data, f"{split}_dataloader")()))
+        prompt = data.task.prompt(batch.items[0])
+        ids = torch.tensor([prompt.token_ids])
+        with torch.no_grad():
+            assert module.policy(ids).logits.isfinite().all()
+    return data, module, trainer
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_model(model: str, make_config: Make, tmp_path: Path) -> None:
+    config = make_config(f"model={model}", *UNFITTED, smoke=False)
+    assert config.name == model
+    data, module, trainer = build(config, tmp_path)
+    assert f"{type(module).__module__}.{type(module).__qualname__}" == config.model._target_
+    assert trainer.max_steps == config.trainer.max_steps > 0
+    assert trainer.accumulate_grad_batches == data.window
+    for arm in config.arms:
+        changed = OmegaConf.merge(config, OmegaConf.from_dotlist(list(config.arms[arm])))
+        assert changed != config, f"the arm {arm} changes nothing"
+        train.check(changed)
+
+
+@pytest.mark.parametrize(("group", "name"), PARTS, ids=[f"{g}={n}" for g, n in PARTS])
+def test_option(
+    group: str, name: str, make_config: Make, tmp_path: Path, pairs: Path, tiny_folder: Path
+) -> None:
+    script = tmp_path / "script.jsonl"
+    script.write_text('{"uid": "1", "token_ids": [3]}\n')
+    needs = {
+        "backbone=hf": [f"backbone.path={tiny_folder}", "backbone.dtype=float32"],
+        "data=preference_file": [f"data.path={pairs}"],
+        "engine=scripted": [f"engine.path={script}"],
+        "trainer=fsdp": ["trainer.accelerator=cpu"],
+    }
+    choice = f"{group}={name}"
+    own = needs.get(choice, [])
+    tiny = [] if choice == "backbone=hf" else UNFITTED
+    model = [] if group == "model" else ["model=grpo"]
+    config = make_config(*model, choice, *own, *tiny, smoke=False)
+    build(config, tmp_path)
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_experiment(name: str, make_config: Make, tmp_path: Path, pairs: Path) -> None:
+    recipe = OmegaConf.load(CONF / "experiment" / f"{name}.yaml")
+    small: list[str] = []
+    if name.endswith("_paper"):
+        small = ["backbone=tiny", "backbone.path=null", "trainer=auto", "engine=hf"]
+        small += ["trainer.precision=32-true", f"data.path={pairs}"]
+    config = make_config(f"experiment={name}", *small, *UNFITTED, smoke=False)
+    build(config, tmp_path)
+    wanted = {k: v for k, v in flatten(OmegaConf.to_container(recipe)).items() if k != "defaults"}
+    got = flatten(train.plain(config))
+    ours = {option.split("=")[0] for option in (*small, *UNFITTED)}
+    lost = [k for k, v in wanted.items() if k not in ours and got.get(k) != v]
+    assert not lost, f"the experiment's own values do not win: {lost}"
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_claim(claim: str, make_config: Make, tmp_path: Path) -> None:
+    _, paper, arm = claim.split("/")
+    config = make_config(f"+claim/{paper}={arm}", *UNFITTED, smoke=False)
+    assert (config.claim.name, config.claim.arm) == (paper, arm)
+    assert config.resume == "auto", "a killed sweep must go on"
+    assert list(config.compare) == []
+    build(config, tmp_path)
+
+
+def test_claim_arms_differ_only_in_what_they_say(make_config: Make) -> None:
+    seen: dict[str, str] = {}
+    for claim in CLAIMS:
+        _, paper, arm = claim.split("/")
+        values = flatten(train.plain(make_config(f"+claim/{paper}={arm}", smoke=False)))
+        text = json.dumps({k: v for k, v in values.items() if k != "claim.arm"}, sort_keys=True)
+        assert text not in seen, f"{claim} is the same run as {seen.get(text)}"
+        seen[text] = claim
+
+
+def test_callbacks_default_keeps_what_the_model_added(make_config: Make, tmp_path: Path) -> None:
+    own = tmp_path / "conf" / "model" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text(
+        "# @package _global_\ndefaults:\n  - grpo\n  - _self_\n"
+        "callbacks:\n  extra:\n    _target_: tests.runs.CrashAt\n    batch: 7\n"
+    )
+    found = ["model=mine", f"hydra.searchpath=[file://{own.parents[1]}]"]
+    config = make_config(*found, "callbacks=default")
+    assert config.callbacks.extra.batch == 7
+    assert "checkpoint" in config.callbacks
+    assert make_config(*found, "callbacks.extra.batch=9").callbacks.extra.batch == 9
+    assert "extra" not in make_config(*found, "~callbacks.extra").callbacks
+    for model in MODELS:
+        body = OmegaConf.load(CONF / "model" / f"{model}.yaml").get("callbacks", {})
+        kept = make_config(f"model={model}", "callbacks=default").callbacks
+        assert set(body) <= set(kept)
+
+
+def test_the_command_line_wins_over_model_and_experiment(make_config: Make) -> None:
+    config = make_config("model=grpo", "optimizer.lr=0.5", "trainer.max_steps=3", "data.passes=2")
+    assert (config.optimizer.lr, config.trainer.max_steps, config.data.passes) == (0.5, 3, 2)
+    assert make_config("model=grpo").trainer.max_steps == 2, "smoke wins over the model"
+
+
+def test_cfg_job_prints_the_whole_config(tmp_path: Path, warm_cache: Path) -> None:
+    arguments = command("--cfg", "job", output_dir=tmp_path, cache_dir=warm_cache)[2:]
+    status, output, errors = main(*arguments)
+    assert status == 0, errors
+    printed = OmegaConf.create(output)
+    assert {"model", "data", "backbone", "trainer", "callbacks", "optimizer"} <= set(printed)
+    assert printed.output_dir == str(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_lists_groups_options_and_commands() -> None:
+    status, output, errors = main("--help")
+    assert status == 0, errors
+    for group in GROUPS:
+        line = next(line for line in output.splitlines() if line.startswith(f"{group}:"))
+        listed = line.split(":", 1)[1].replace(" ", "").split(",")
+        assert set(options(group)) <= set(listed)
+    assert output.count("python train.py") >= 10
+
+
+# --- what a finished run leaves ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def finished(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, warm_cache: Path
+) -> Path:
+    """The run folder of a model's smoke run."""
+    folder = tmp_path_factory.mktemp("smoke")
+    overrides = [f"model={request.param}", *SMALL, *SHORT, "hydra/job_logging=none"]
+    arguments = command(*overrides, output_dir=folder, cache_dir=warm_cache)[2:]
+    status, output, errors = main(*arguments)
+    assert status == 0, errors
+    assert f"run folder:  {folder}" in output
+    return folder / request.param / "s0"
+
+
+def test_files_of_a_run(finished: Path) -> None:
+    names = {path.relative_to(finished).as_posix() for path in finished.rglob("*")}
+    export = {"config.json", "generation_config.json", "litpost.json", "model.safetensors",
+              "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+    expected = {"metrics.json", "config.yaml", "samples.jsonl", "checkpoints", "export",
+                "tensorboard", "checkpoints/last.ckpt", "tensorboard/hparams.yaml"}  # fmt: skip
+    expected |= {f"export/{name}" for name in export}
+    assert {name for name in names if "events.out.tfevents" not in name} == expected
+
+
+def test_metrics_and_config_of_a_run(finished: Path, make_config: Make) -> None:
+    metrics = json.loads((finished / "metrics.json").read_text())
+    always = {"seed", "model", "time/wall_s", "time/train_s", "mem/peak_gib", "steps", "bad_steps"}
+    assert always <= metrics.keys()
+    assert any(tag.startswith("test/") for tag in metrics)
+    assert (metrics["model"], metrics["steps"]) == (finished.parent.name, 2)
+    assert all(math.isfinite(v) for k, v in metrics.items() if k != "model")
+    text = (finished / "config.yaml").read_text()
+    assert "${" not in text, "resolved"
+    assert "???" not in text
+    saved = flatten(OmegaConf.to_container(OmegaConf.load(finished / "config.yaml")))
+    composed = make_config(f"model={finished.parent.name}", *SMALL, *SHORT)
+    with open_dict(composed):
+        composed.run_dir, composed.output_dir = str(finished), str(finished.parents[1])
+        composed.predictions = f"{finished}/predictions.jsonl"
+    assert saved == flatten(train.plain(composed))
+
+
+def test_samples_of_a_run(finished: Path) -> None:
+    records = read_jsonl(finished / "samples.jsonl")
+    assert {record["step"] for record in records} == {1, 2}
+    for record in records:
+        assert len(record["token_ids"]) == len(record["logprobs"]) > 0
+        assert all(value <= 0 for value in record["logprobs"])
+        assert record["prompt"]
+        assert math.isfinite(record["advantage"])
+
+
+def test_export_reloads_with_equal_logits(finished: Path) -> None:
+    last = finished / "checkpoints" / "last.ckpt"
+    path, _, name = torch.load(last, weights_only=True)["litpost"]["module"].rpartition(".")
+    cls = getattr(importlib.import_module(path), name)
+    module = cls.load_from_checkpoint(last, weights_only=True).eval()
+    plain = AutoModelForCausalLM.from_pretrained(finished / "export").eval()
+    tokenizer = AutoTokenizer.from_pretrained(finished / "export")
+    records = read_jsonl(finished / "samples.jsonl")
+    ids = torch.tensor([records[0]["token_ids"] * 2])
+    assert tokenizer.decode(records[0]["token_ids"]) == records[0]["completion"]
+    with torch.no_grad():
+        ours, theirs = module.policy(ids).logits, plain(ids).logits
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    untrained = AutoModelForCausalLM.from_pretrained(module.backbone_options.path)
+    with torch.no_grad():
+        assert not torch.allclose(untrained(ids).logits, theirs, atol=1e-6), "nothing was trained"
+
+
+def test_tensorboard_of_a_run(finished: Path) -> None:
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    reader, metrics = board(finished), json.loads((finished / "metrics.json").read_text())
+    tags = reader.Tags()
+    prefixes = {tag.split("/")[0] for tag in tags["scalars"] if "/" in tag}
+    assert {"train", "rollout", "perf", "val", "test"} <= prefixes
+    assert prefixes <= {"train", "rollout", "perf", "val", "test", "time", "mem"}
+    for tag in ("train/loss", "train/lr", "rollout/reward_mean", "perf/tokens_per_s"):
+        assert [step for step, _ in scalars(reader, tag)] == [1, 2]
+    for tag in tags["scalars"]:
+        steps = [step for step, _ in scalars(reader, tag)]
+        assert steps == sorted(set(steps)), f"{tag} has a step twice: {steps}"
+    parts = ("reward", "length", "advantage", "token_surprise")
+    assert {f"rollout/{part}_histogram" for part in parts} <= set(tags["histograms"])
+    for part in parts:
+        for event in reader.Histograms(f"rollout/{part}_histogram"):
+            assert event.histogram_value.num > 0
+    table = reader.Tensors("rollout/samples/text_summary")[0].tensor_proto.string_val[0].decode()
+    header, _, *rows = table.splitlines()
+    assert {"prompt", "completion", "reward", "advantage"} <= set(header.replace(" ", "").split("|"))
+    column = header.split("|").index(" advantage ")
+    advantages = [float(row.split("|")[column]) for row in rows]
+    half = len(rows) // 2
+    assert min(advantages[:half]) >= max(advantages[half:]), "best first, then worst"
+
+    content = {
+        tag: HParamsPluginData.FromString(value)
+        for tag, value in reader.PluginTagToContent("hparams").items()
+    }
+    start = content["_hparams_/session_start_info"].session_start_info
+    assert start.hparams["optimizer.lr"].number_value == pytest.approx(1e-4)
+    assert start.hparams["model.loss_aggregation"].string_value == "token_mean"
+    infos = {m.name.tag for m in content["_hparams_/experiment"].experiment.metric_infos}
+    final = {k: v for k, v in metrics.items() if isinstance(v, float) and k.startswith("test/")}
+    assert final
+    assert final.keys() <= infos
+    for tag, value in final.items():
+        assert scalars(reader, tag)[-1][1] == pytest.approx(value, abs=1e-6)
