@@ -151,6 +151,8 @@ class RowSource(Source):
         world_size: int = 1,
         drop_last: bool = False,
     ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.window, self.rank, self.world_size = window, rank, world_size
         share = batch_size * world_size

@@ -24,7 +24,7 @@ class HFEngine(Engine):
     """Decodes with the policy that trains, in this process: nothing is copied on ``sync``.
 
     Args:
-        max_sequences: Most completions decoded at once.
+        max_sequences: Most completions decoded at once (the samples of one prompt stay together).
         max_cached_tokens: Most tokens (prompt and new) in the KV cache at once.
         decoder: ``loop`` is our decode loop, ``generate`` Hugging Face's; the tokens are equal.
 

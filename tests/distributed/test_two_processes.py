@@ -40,7 +40,6 @@ TWO = {
     "ddp": ["trainer.strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu"],
     "fsdp": ["trainer=fsdp", "trainer.devices=2", "trainer.accelerator=cpu"],
 }
-OPTIMIZERS = {"sgd": SGD, "adamw": ["optimizer.lr=1e-3", "optimizer.warmup_steps=0"]}
 
 
 def last_of(folder: Path) -> Path:
@@ -63,22 +62,21 @@ def recorded(base: Path, warm_cache: Path) -> Path:
     return path
 
 
-def replay(recorded: Path, optimizer: str, *more: str) -> list[str]:
-    script = ["engine=scripted", f"engine.path={recorded}", *OPTIMIZERS[optimizer]]
-    return [*STEP, *script, "data.micro_batches=2", *more]
+def replay(recorded: Path) -> list[str]:
+    script = ["engine=scripted", f"engine.path={recorded}"]
+    return [*STEP, *SGD, *script, "data.micro_batches=2"]
 
 
 @pytest.mark.parametrize("strategy", TWO)
 def test_one_step_equals_one_process(
     strategy: str, recorded: Path, base: Path, make_config: Make, tmp_path: Path, warm_cache: Path
 ) -> None:
-    optimizer = "sgd" if strategy == "ddp" else "adamw"
     seen = f"callbacks.seen.folder={tmp_path / 'seen'}"
-    both = [*replay(recorded, optimizer), *TWO[strategy], f"+{seen}",
+    both = [*replay(recorded), *TWO[strategy], f"+{seen}",
             "+callbacks.seen._target_=tests.runs.SeenPrompts"]  # fmt: skip
     result = call(*command(*both, "run_id=two", output_dir=tmp_path, cache_dir=warm_cache))
     assert result.returncode == 0, result.stderr
-    alone = train.run(make_config(*replay(recorded, optimizer), "run_id=one"))
+    alone = train.run(make_config(*replay(recorded), "run_id=one"))
     one, two = tmp_path / "grpo" / "one", tmp_path / "grpo" / "two"
     assert_same_weights(weights(last_of(one)), weights(last_of(two)), atol=1e-5)
     start = weights(last_of(one))
@@ -130,8 +128,6 @@ def test_decoding_with_a_sharded_policy(recorded: Path, tmp_path: Path) -> None:
         for number, group in expected[kind].items():
             tokens = [ids for ids, _ in group]
             assert [ids for ids, _ in found["all"][kind][number]] == tokens
-            for number_of_rank_0 in found["one rank idle"][kind]:
-                assert number_of_rank_0 in ("0", "2", "4")
     for number, group in found["all"]["sampled"].items():
         prompt = PROMPTS[int(number)]
         for ids, logprobs in group:
@@ -139,6 +135,7 @@ def test_decoding_with_a_sharded_policy(recorded: Path, tmp_path: Path) -> None:
                 logits = policy(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
             again = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
             assert torch.allclose(again, torch.tensor(logprobs), atol=1e-4)
+    assert set(found["one rank idle"]["greedy"]) == {"0", "2", "4"}
     for number, group in found["one rank idle"]["greedy"].items():
         assert [ids for ids, _ in group] == [ids for ids, _ in expected["greedy"][number]]
 

@@ -131,12 +131,13 @@ class Contrary(PrefixAudit):
 def test_a_given_task_wins_over_the_trainers(task, make_module, make_engine, run_test):
     engine = make_engine(for_response([1] * 15, 1, [-1.0] * 15))
     module = make_module(inference="majority")
-    run_test(module, engine)
+    before = run_test(module, engine)
     other = Contrary()
     other.bind(task.tokenizer)
     pairs = task.records("test")
     assert {r["verdict"] for r in module.judge(pairs)} == {1}  # the trainer's task and engine
     assert {r["verdict"] for r in module.judge(pairs, task=other)} == {2}
+    assert run_test(module, engine) == before  # forgotten after the call
     assert {r["verdict"] for r in module.judge(pairs)} == {1}
 
 

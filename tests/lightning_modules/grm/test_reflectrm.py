@@ -194,8 +194,20 @@ def test_exclude_copies_bars_analyses_equal_to_the_anchors(task, make_module, ma
         assert outcomes == [expected] * 5
     everybody = module.conclude(candidates, [0] * 5, beats, rule="all", exclude_copies=True)
     assert everybody == [without] * 5
-    assert "two_stage_no_copies" in module.verdicts_by_arm(candidates, engine)
-    assert "two_stage_with_copies" in strict.verdicts_by_arm(candidates, engine)
+
+
+@pytest.mark.parametrize("exclude", [False, True])
+def test_arms_name_what_happens_to_copies(make_module, noisy, weak, exclude):
+    module = make_module(exclude_copies=exclude)
+    arms = module.verdicts_by_arm(weak, noisy)
+    twin = "two_stage_with_copies" if exclude else "two_stage_no_copies"
+    for arm, flag in (("two_stage", exclude), (twin, not exclude)):
+        assert arms[arm] == make_module(exclude_copies=flag).decide(weak, noisy), arm
+    assert arms["two_stage"] != arms[twin]
+    random_winners = make_module(exclude_copies=exclude, winners="random")
+    assert arms["random_winners"] == random_winners.decide(weak, noisy) != arms["two_stage"]
+    random_anchor = make_module(exclude_copies=exclude, anchor="random")
+    assert arms["random_anchor"] == random_anchor.decide(weak, noisy) != arms["two_stage"]
 
 
 @pytest.fixture
