@@ -49,7 +49,7 @@ def build_optimizer(
     values: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay}
     if "betas" in known:
         values["betas"] = tuple(options.betas)
-    if "fused" in known:
+    if cls in (torch.optim.Adam, torch.optim.AdamW):  # others have no fused step for shards
         values["fused"] = True
     values |= options.extra
     optimizer = cls([dict(group) for group in groups], **values)

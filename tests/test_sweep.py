@@ -28,7 +28,9 @@ def stamps(folder: Path) -> dict[Path, int]:
 def test_sweep_over_seeds_and_again(tmp_path: Path, warm_cache: Path) -> None:
     joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     unfitted = [*RUN, "backbone.warm_start.steps=0"]
-    sweep = command("-m", *unfitted, "seed=0,1", *joblib, output_dir=tmp_path, cache_dir=warm_cache)
+    swept = [*unfitted, *joblib, "seed=0,1"]
+    sweep = command(*swept, output_dir=tmp_path, cache_dir=warm_cache)
+    sweep.insert(2, "-m")
     first = call(*sweep)
     assert first.returncode == 0, first.stderr
     runs = sorted(path.name for path in (tmp_path / "grpo").iterdir())
