@@ -14,9 +14,9 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 
 class RunProgressBar(ProgressBar):
@@ -49,10 +49,9 @@ class RunProgressBar(ProgressBar):
             return
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=3)),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5)),
             TextColumn("{task.fields[numbers]}"),
             console=Console(stderr=True),
             transient=label != self.label,
@@ -77,9 +76,7 @@ class RunProgressBar(ProgressBar):
     def _numbers(self, trainer: Trainer, module: LightningModule) -> str:
         metrics = self.get_metrics(trainer, module)
         return "  ".join(
-            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-            for name, value in metrics.items()
-            if name != "v_num"
+            f"{name} {_short(value)}" for name, value in metrics.items() if name != "v_num"
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -124,3 +121,9 @@ class RunProgressBar(ProgressBar):
     ) -> None:
         """Leave the terminal as it was."""
         self._close()
+
+
+def _short(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -288,7 +288,9 @@ def test_tensorboard_of_a_run(finished: Path) -> None:
             assert event.histogram_value.num > 0
     table = reader.Tensors("rollout/samples/text_summary")[0].tensor_proto.string_val[0].decode()
     header, _, *rows = table.splitlines()
-    assert {"prompt", "completion", "reward", "advantage"} <= set(header.replace(" ", "").split("|"))
+    assert {"prompt", "completion", "reward", "advantage"} <= set(
+        header.replace(" ", "").split("|")
+    )
     column = header.split("|").index(" advantage ")
     advantages = [float(row.split("|")[column]) for row in rows]
     half = len(rows) // 2

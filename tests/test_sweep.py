@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import train
-from tests.runs import SHORT, SMALL, call, command, read_jsonl, unmeasured
+from tests.runs import SHORT, SMALL, call, command, main, read_jsonl, unmeasured
 
 pytestmark = pytest.mark.slow
 RUN = ["model=grpo", "mode=fit", *SMALL, *SHORT, "trainer.limit_val_batches=0"]
@@ -45,9 +45,12 @@ def test_sweep_over_seeds_and_again(tmp_path: Path, warm_cache: Path) -> None:
     again = call(*sweep, "resume=auto")
     assert again.returncode == 0, again.stderr
     assert stamps(tmp_path / "grpo") == before, "a finished run was touched"
-    refused = call(*sweep)
-    assert refused.returncode != 0
-    assert "holds a finished run" in refused.stderr
+
+    in_turn = [argument for argument in sweep[2:] if argument not in joblib]
+    status, _, errors = main(*in_turn, "hydra/job_logging=none")
+    assert status == 1
+    assert "error: " in errors
+    assert "holds a finished run" in errors
     assert stamps(tmp_path / "grpo") == before
 
 

@@ -173,6 +173,8 @@ class GenerativeRewardModule(GRPO):
         }
         if 2 * votes - 1 > votes:
             arms[f"maj{2 * votes - 1}"] = [majority(c.verdicts, tie=c.coin) for c in candidates]
+        if type(self).select_verdict is not GenerativeRewardModule.select_verdict:
+            arms["select_verdict"] = [self.select_verdict(c) for c in candidates]
         best = [choose_anchor(c.confidences[:size], c.verdicts[:size]) for c in candidates]
         arms["best_confidence"] = [
             None if index is None else c.samples[index].winner
