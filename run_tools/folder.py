@@ -60,7 +60,7 @@ class RunFolder:
         return folder
 
     def discard_if_empty(self) -> None:
-        """Remove the folder of a run that failed before it did anything, so that it can start anew."""
+        """Remove the folder of a run that failed before it did anything, so it can start anew."""
         names = {item.name for item in self.path.iterdir()} if self.path.is_dir() else set()
         if names <= {"config.yaml", "tensorboard"}:
             shutil.rmtree(self.path, ignore_errors=True)

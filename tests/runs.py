@@ -137,17 +137,18 @@ def scalars(reader: Any, tag: str) -> list[tuple[int, float]]:
 
 
 class CrashAt(Callback):
-    """Raises before a training batch: a run that ends in the middle, without a kill.
+    """Raises inside a hook: a run that ends in the middle, without a kill.
 
     Args:
-        batch: Number of the batch since the start of the run.
+        batch: How often the hook was called before.
+        hook: Name of the hook.
     """
 
-    def __init__(self, *, batch: int) -> None:
+    def __init__(self, *, batch: int, hook: str = "on_train_batch_start") -> None:
         self.batch, self.seen = batch, 0
+        setattr(self, hook, self._count)
 
-    def on_train_batch_start(self, *arguments: Any) -> None:
-        """Count and raise."""
+    def _count(self, *arguments: Any) -> None:
         if self.seen == self.batch:
             raise KeyError(f"crashed before batch {self.batch}")
         self.seen += 1

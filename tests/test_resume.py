@@ -145,11 +145,41 @@ def test_killed_in_an_arm_does_not_train_the_run_again(
     assert {"pref"} == {r["domain"] for r in read_jsonl(arm / "samples.jsonl")}
 
 
-def crash(make_config: Make, *overrides: str, batch: int) -> None:
-    """A run that ends before its ``batch``-th training batch."""
-    stop = ["+callbacks.crash._target_=tests.runs.CrashAt", f"+callbacks.crash.batch={batch}"]
+def crash(
+    make_config: Make, *overrides: str, batch: int, hook: str = "on_train_batch_start"
+) -> None:
+    """A run that ends when a hook is called once more than ``batch`` times."""
+    stop = ["+callbacks.crash._target_=tests.runs.CrashAt", f"+callbacks.crash.batch={batch}",
+            f"+callbacks.crash.hook={hook}"]  # fmt: skip
     with pytest.raises(KeyError, match="crashed before"):
         train.run(make_config(*BASE, "model=grpo", *overrides, *stop))
+
+
+@pytest.mark.parametrize(
+    ("hook", "calls", "at"),
+    [
+        ("on_validation_start", 2, 2),
+        ("on_validation_end", STEPS - 1, STEPS - 1),
+        ("on_train_end", 0, STEPS - 1),
+        ("on_test_start", 0, STEPS),
+    ],
+)
+def test_a_crash_between_steps_loses_nothing(
+    hook: str, calls: int, at: int, make_config: Make, tmp_path: Path
+) -> None:
+    overrides = ["model=grpo", "test_base=false"]
+    expected = train.run(make_config(*BASE, *overrides, "run_id=whole"))
+    crash(make_config, *overrides, "run_id=crashed", batch=calls, hook=hook)
+    whole, crashed = tmp_path / "grpo" / "whole", tmp_path / "grpo" / "crashed"
+    assert step_of(last_of(crashed)) == at
+    metrics = train.run(make_config(*BASE, *overrides, "run_id=crashed", "resume=auto"))
+    assert unmeasured(metrics) == unmeasured(expected)
+    assert_same_weights(weights(last_of(whole)), weights(last_of(crashed)))
+    one, other = board(whole), board(crashed)
+    for tag in ("val/reward", "train/loss", "rollout/reward_mean", "test/reward"):
+        assert scalars(other, tag) == scalars(one, tag)
+        assert len(scalars(one, tag)) == (1 if tag.startswith("test/") else STEPS)
+    assert (crashed / "export" / "model.safetensors").is_file()
 
 
 def test_resume_with_nothing_there_starts_fresh_and_a_finished_run_is_kept(

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from lightning_modules.backbones.shared_prompts import shared_hidden
 from lightning_modules.ops import LogprobEntropy, linear_logprob_entropy
 from lightning_modules.options import BackboneOptions, LoraOptions
 
@@ -120,9 +121,11 @@ class CausalLM(nn.Module):
         """
         if completions is None:
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        shares = completions.groups is not None and self.can_share_prompts
-        hidden = (self._shared if shares else self._plain)(input_ids, completions)
         mask = completions.mask
+        if completions.groups is not None and self.can_share_prompts:
+            hidden = shared_hidden(self.base.base_model, self.config, input_ids, *completions)
+        else:
+            hidden = self._plain(input_ids, completions)
         rows, places = mask.nonzero(as_tuple=True)
         head = self.base.get_output_embeddings()
         flat = linear_logprob_entropy(
@@ -144,49 +147,6 @@ class CausalLM(nn.Module):
         rows, places = completions.mask.nonzero(as_tuple=True)
         hidden = self.base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden[rows, completions.prompt_lengths[rows] + places - 1]
-
-    def _shared(self, input_ids: Tensor, completions: Completions) -> Tensor:
-        """The same, with each group's prompt read once: its keys and values serve all members."""
-        mask, lengths = completions.mask, completions.prompt_lengths
-        _, member = torch.unique(completions.groups, return_inverse=True)
-        first = torch.full((int(member.max()) + 1,), len(member), device=mask.device)
-        first = first.scatter_reduce(
-            0, member, torch.arange(len(member), device=mask.device), "amin"
-        )
-        size, width = lengths[first], int(lengths.max())
-        source = torch.arange(width, device=mask.device) - (width - size)[:, None]  # left padding
-        is_prompt = source >= 0
-        prompts = input_ids[first].gather(1, source.clamp(min=0))
-        padded = None if bool(is_prompt.all()) else is_prompt.long()
-        cache = DynamicCache(config=self.config)
-        read = self.base.base_model(
-            input_ids=prompts,
-            attention_mask=padded,
-            position_ids=source.clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        rows, places = mask.nonzero(as_tuple=True)
-        steps = mask.shape[1] - 1
-        hidden = read[:, -1].index_select(0, member)[:, None]  # predicts the first token
-        if steps:
-            layers: list[Any] = cache.layers
-            for layer in layers:
-                layer.keys = layer.keys.index_select(0, member)
-                layer.values = layer.values.index_select(0, member)
-            offsets = lengths[:, None] + torch.arange(steps, device=mask.device)
-            tokens = input_ids.gather(1, offsets.clamp(max=input_ids.shape[1] - 1))
-            if padded is not None:
-                padded = torch.cat([padded.index_select(0, member), torch.ones_like(tokens)], 1)
-            written = self.base.base_model(
-                input_ids=tokens,
-                attention_mask=padded,
-                position_ids=offsets,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
-            hidden = torch.cat([hidden, written], dim=1)
-        return hidden[rows, places]
 
 
 def _spread(value: Tensor | None, mask: Tensor, rows: Tensor, places: Tensor) -> Tensor | None:
