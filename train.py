@@ -6,12 +6,9 @@ callbacks, loggers, trainer -> fit and test -> arms to compare with -> metrics a
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
-import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +20,17 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from omegaconf import DictConfig, OmegaConf, open_dict
-from torch.utils.tensorboard.summary import hparams
-from transformers.utils import logging as hf_logging
 
 from callbacks.progress import RunProgressBar
 from callbacks.throughput import peak_gib
-from lightning_modules.backbones.prepare import WarmStartOptions, prepare_tiny
-from lightning_modules.backbones.tiny import TinyOptions
-from lightning_modules.options import BackboneOptions, LoraOptions, OptimizerOptions
+from lightning_modules.backbones.prepare import prepare_tiny
 from run_tools.checkpoints import backbone_of_checkpoint, load_checkpoint, naming_the_data
-from run_tools.checks import check_node, check_options, check_run
-from run_tools.folder import RunFolder, changed_keys, flatten
+from run_tools.checks import check_config, trainer_values
+from run_tools.folder import RunFolder, changed_keys
+from run_tools.hparams import log_hyperparameters
 from run_tools.messages import explain
 from run_tools.table import print_table
+from run_tools.terminal import footer_lines, quiet
 
 #: Keys of the group ``backbone`` that only the warm start reads.
 TINY_KEYS = ("tiny", "warm_start")
@@ -47,44 +42,12 @@ def plain(config: Any) -> Any:
     return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
 
-def check(config: DictConfig) -> None:
-    """Refuse a config with wrong names, types or contradictions; all problems at once.
-
-    Raises:
-        ValueError: Names every key, its value and what is allowed.
-    """
-    values = plain(config)
-    problems = check_run(values)
-    values["trainer"] = trainer_values(values["trainer"], window=1)
-    problems += [
-        p
-        for group in ("data", "model", "callbacks", "logger", "trainer")
-        for p in check_node(group, values[group])
-    ]
-    backbone = dict(values["backbone"])
-    for name, cls in (("tiny", TinyOptions), ("warm_start", WarmStartOptions)):
-        problems += check_options(f"backbone.{name}", backbone.pop(name, None) or {}, cls)
-    backbone["path"] = backbone["path"] or ""
-    lora = {k: v for k, v in values["lora"].items() if k != "enabled"}
-    problems += check_options("backbone", backbone, BackboneOptions)
-    problems += check_options("lora", lora, LoraOptions)
-    problems += check_options("optimizer", values["optimizer"], OptimizerOptions)
-    if problems:
-        raise ValueError("; ".join(dict.fromkeys(problems)))
-
-
-def trainer_values(values: dict[str, Any], window: int) -> dict[str, Any]:
-    """The Trainer's own keys; the accumulation window comes from the data unless it is given.
-
-    ``val_check_interval`` counts optimizer steps here and micro-batches in Lightning: a validation
-    inside a window would be of no step of its own.
-    """
-    own = {key: value for key, value in values.items() if key != "num_threads"}
-    if own["accumulate_grad_batches"] is None:
-        own["accumulate_grad_batches"] = window
-    if isinstance(own["val_check_interval"], int):
-        own["val_check_interval"] *= window
-    return own
+def task_settings(config: DictConfig) -> dict[str, Any]:
+    """Plain values that identify a task, the state of its files included."""
+    values = plain(config.data.task)
+    files = {k: Path(v) for k, v in values.items() if isinstance(v, str) and Path(v).exists()}
+    stats = {k: [path.stat().st_size, path.stat().st_mtime_ns] for k, path in files.items()}
+    return {**values, "files": stats}
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -100,7 +63,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     with open_dict(config):
         config.run_dir = str(path if is_fit else path / config.mode)
         config.predictions = config.predictions or f"{config.run_dir}/predictions.jsonl"
-    check(config)
+    check_config(plain(config))
     is_writer = getattr(rank_zero_only, "rank", 0) == 0
     folder = RunFolder.open(
         config.run_dir,
@@ -148,21 +111,9 @@ def run(config: DictConfig) -> dict[str, Any]:
             metrics,
             config.table,
             config.table_rows,
-            footer_lines(config, folder),
+            footer_lines(config.name, config.output_dir, folder.path) if config.table else [],
         )
     return metrics
-
-
-def footer_lines(config: DictConfig, folder: RunFolder) -> list[str]:
-    """Where things are and what to type next; nothing for an arm of another run."""
-    if not config.table:
-        return []
-    last = folder.path / "checkpoints" / "last.ckpt"
-    return [
-        f"run folder:  {folder.path}",
-        f"TensorBoard: tensorboard --logdir {config.output_dir}",
-        f"test again:  python train.py model={config.name} mode=test ckpt_path={last}",
-    ]
 
 
 def load(run_dir: str | Path) -> Any:
@@ -216,7 +167,7 @@ def run_one(config: DictConfig, folder: RunFolder) -> dict[str, Any]:
         data.prepare(
             backbone["path"],
             config.cache_dir,
-            plain(config.data.task),
+            task_settings(config),
             for_training=config.mode.startswith("fit"),
         )
     module = build_module(config, backbone)
@@ -250,7 +201,7 @@ def run_one(config: DictConfig, folder: RunFolder) -> dict[str, Any]:
         evaluate = trainer.test if config.mode == "test" else trainer.validate
         evaluate(module, ckpt_path=checkpoint, verbose=False, **options)
         metrics |= module.results
-    log_hyperparameters(config, trainer, metrics, logged=module.results)
+    log_hyperparameters(plain(config), trainer, metrics, logged=module.results)
     return metrics
 
 
@@ -258,7 +209,8 @@ def prepare_backbone(config: DictConfig, data: Any) -> dict[str, Any]:
     """Plain options of the backbone to start from: a path, a checkpoint's own, or a tiny one."""
     options = plain(config.backbone)
     tiny, warm_start = options.pop("tiny"), options.pop("warm_start")
-    if not options["path"] and config.ckpt_path and not config.mode.startswith("fit"):
+    is_whole = not config.lora.enabled  # a checkpoint of adapters has no other weights
+    if not options["path"] and config.ckpt_path and is_whole and not config.mode.startswith("fit"):
         options |= {
             "path": str(backbone_of_checkpoint(config.ckpt_path, config.cache_dir)),
             "random_init": True,
@@ -275,7 +227,7 @@ def prepare_backbone(config: DictConfig, data: Any) -> dict[str, Any]:
                 data.task,
                 tiny=tiny,
                 warm_start=warm_start,
-                task_settings=plain(config.data.task),
+                task_settings=task_settings(config),
                 seed=config.seed,
                 cache_dir=config.cache_dir,
                 callbacks=[RunProgressBar(label="warm start")],
@@ -321,42 +273,6 @@ def build_trainer(config: DictConfig, data: Any, folder: RunFolder) -> pl.Traine
         # Lightning's own "auto" shards over machines only
         trainer.strategy._data_parallel_size = trainer.num_devices * trainer.num_nodes
     return trainer
-
-
-@rank_zero_only
-def log_hyperparameters(
-    config: DictConfig, trainer: pl.Trainer, metrics: dict[str, Any], logged: Mapping[str, float]
-) -> None:
-    """The flat config with the final metrics, for TensorBoard's HParams tab.
-
-    The tab takes the last value of a tag, so only what was not ``logged`` yet becomes a scalar.
-    """
-    numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float))}
-    new = {k: v for k, v in numbers.items() if k not in logged}
-    for logger in trainer.loggers:
-        if isinstance(logger, pl.loggers.TensorBoardLogger):
-            values = flatten(plain(config))
-            logger.log_hyperparams(values)  # the file hparams.yaml
-            logger.log_metrics(new, step=trainer.global_step)
-            writer = logger.experiment._get_file_writer()
-            for summary in hparams(logger._sanitize_params(values), numbers):
-                writer.add_summary(summary)
-            logger.finalize("success")
-
-
-def quiet() -> None:
-    """Leave the terminal to our own lines."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    hf_logging.disable_progress_bar()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    for text in (
-        ".*LeafSpec.*",
-        ".*sync_dist=True.*",  # values are gathered before they are logged
-        ".*module.s. in eval mode.*",
-        ".*does not have many workers.*",
-        ".*smaller than the logging.*",
-    ):
-        warnings.filterwarnings("ignore", message=text)
 
 
 _FAULTS: list[Exception] = []  # of a single run, so that Hydra prints nothing around them

@@ -11,6 +11,10 @@ from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
+from lightning_modules.backbones.prepare import WarmStartOptions
+from lightning_modules.backbones.tiny import TinyOptions
+from lightning_modules.options import BackboneOptions, LoraOptions, OptimizerOptions
+
 
 @dataclass
 class RunOptions:
@@ -207,3 +211,42 @@ def check_run(config: Mapping[str, Any]) -> list[str]:
             "backbone=hf backbone.path=<run>/export"
         )
     return problems
+
+
+def trainer_values(values: Mapping[str, Any], window: int) -> dict[str, Any]:
+    """The Trainer's own keys; the accumulation window comes from the data unless it is given.
+
+    ``val_check_interval`` counts optimizer steps here and micro-batches in Lightning: a validation
+    inside a window would be of no step of its own.
+    """
+    own = {key: value for key, value in values.items() if key != "num_threads"}
+    if own["accumulate_grad_batches"] is None:
+        own["accumulate_grad_batches"] = window
+    if isinstance(own["val_check_interval"], int):
+        own["val_check_interval"] *= window
+    return own
+
+
+def check_config(values: Mapping[str, Any]) -> None:
+    """Refuse a config with wrong names, types or contradictions; all problems at once.
+
+    Raises:
+        ValueError: Names every key, its value and what is allowed.
+    """
+    problems = check_run(values)
+    values = {**values, "trainer": trainer_values(values["trainer"], window=1)}
+    problems += [
+        p
+        for group in ("data", "model", "callbacks", "logger", "trainer")
+        for p in check_node(group, values[group])
+    ]
+    backbone = dict(values["backbone"])
+    for name, cls in (("tiny", TinyOptions), ("warm_start", WarmStartOptions)):
+        problems += check_options(f"backbone.{name}", backbone.pop(name, None) or {}, cls)
+    backbone["path"] = backbone["path"] or ""
+    lora = {k: v for k, v in values["lora"].items() if k != "enabled"}
+    problems += check_options("backbone", backbone, BackboneOptions)
+    problems += check_options("lora", lora, LoraOptions)
+    problems += check_options("optimizer", values["optimizer"], OptimizerOptions)
+    if problems:
+        raise ValueError("; ".join(dict.fromkeys(problems)))

@@ -60,7 +60,7 @@ def build(config: Any, folder: Path) -> tuple[Any, Any, Any]:
     """Data, module and trainer of a config, built as ``train.run`` does it."""
     with open_dict(config):
         config.run_dir, config.predictions = str(folder), str(folder / "predictions.jsonl")
-    train.check(config)
+    train.check_config(train.plain(config))
     data = instantiate(config.data, _convert_="all")
     backbone = train.prepare_backbone(config, data)
     data.bind(AutoTokenizer.from_pretrained(backbone["path"]))
@@ -91,7 +91,7 @@ def test_model(model: str, make_config: Make, tmp_path: Path) -> None:
     for arm in config.arms:
         changed = OmegaConf.merge(config, OmegaConf.from_dotlist(list(config.arms[arm])))
         assert changed != config, f"the arm {arm} changes nothing"
-        train.check(changed)
+        train.check_config(train.plain(changed))
 
 
 @pytest.mark.parametrize(("group", "name"), PARTS, ids=[f"{g}={n}" for g, n in PARTS])

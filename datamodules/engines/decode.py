@@ -242,11 +242,11 @@ class _Loop:
         return self.live, torch.zeros(0, dtype=torch.bool)
 
     def advance(self, chosen: Tensor, keep: Tensor) -> Tensor:
-        """Feed the chosen tokens of the live rows; ended rows stay until a quarter is idle."""
+        """Feed the chosen tokens of the live rows; ended rows stay until a tenth is idle."""
         fed = torch.zeros(self.width, dtype=torch.long, device=chosen.device)
         fed[self.live] = chosen
         live = torch.arange(self.width, device=chosen.device)[self.live][keep]
-        if 0 < len(live) < 0.75 * self.width:
+        if 0 < len(live) < 0.9 * self.width:
             self._select(live)
             fed, live = fed.index_select(0, live), torch.arange(len(live), device=live.device)
         self.live = live if len(live) < self.width else slice(None)

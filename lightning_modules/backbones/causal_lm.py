@@ -123,7 +123,14 @@ class CausalLM(nn.Module):
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         mask = completions.mask
         if completions.groups is not None and self.can_share_prompts:
-            hidden = shared_hidden(self.base.base_model, self.config, input_ids, *completions)
+            hidden = shared_hidden(
+                self.base.base_model,
+                self.config,
+                input_ids,
+                completions.prompt_lengths,
+                mask,
+                completions.groups,
+            )
         else:
             hidden = self._plain(input_ids, completions)
         rows, places = mask.nonzero(as_tuple=True)
