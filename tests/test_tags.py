@@ -1,0 +1,66 @@
+"""docs/tags.md lists every tag that a run logs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.runs import REPO, SHORT, SMALL, call, command
+
+TABLES = (REPO / "docs" / "tags.md").read_text().split("Judges, below", 1)
+SUMMARY = "(mean|std|min|max)"
+
+
+def patterns(text: str) -> list[str]:
+    """Regular expressions of the tags in the first column of a table."""
+    found = []
+    for line in text.splitlines():
+        for tag in re.findall(r"`([^`]+)`", line.split("|")[1] if line.startswith("|") else ""):
+            choices = [part.split(",") for part in re.findall(r"\{([^}]*)\}", tag)]
+            shape = re.sub(r"\{[^}]*\}", "{}", tag)
+            for values in itertools.product(*choices):
+                filled = shape.format(*values)
+                filled = re.escape(filled).replace("<d>", r"\w+").replace(r"\.\.\.", r"\w+")
+                found.append(filled)
+    return found
+
+
+GENERAL = [p for p in patterns(TABLES[0]) if not p.startswith(("val/", "test/"))]
+JUDGE = patterns(TABLES[1])
+
+
+def is_listed(tag: str) -> bool:
+    if tag.startswith(("val/", "test/")):
+        return any(re.fullmatch(rf"(val|test)(/\w+)*?/{pattern}", tag) for pattern in JUDGE)
+    return any(re.fullmatch(pattern, tag) for pattern in GENERAL)
+
+
+def test_an_unknown_tag_is_not_listed() -> None:
+    assert is_listed("train/loss")
+    assert is_listed("test/rft/two_stage/accuracy")
+    assert not is_listed("train/no_such_tag")
+    assert not is_listed("test/greedy/no_such_metric")
+
+
+@pytest.mark.slow
+def test_every_tag_of_a_run_is_listed(tmp_path: Path, warm_cache: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = command("model=reflectrm", "compare=[rft]", "test_base=true", *SMALL, *SHORT,
+                    output_dir=tmp_path, cache_dir=warm_cache)  # fmt: skip
+    done = call(*words)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "reflectrm" / "s0"
+    own = ("seed", "model", "steps", "bad_steps", "time/wall_s", "time/train_s", "hp_metric")
+    tags = set(json.loads((run / "metrics.json").read_text()))
+    for events in run.glob("tensorboard/events*"):
+        board = EventAccumulator(str(events)).Reload()
+        for kind in ("scalars", "histograms", "tensors"):
+            tags |= {tag.removesuffix("/text_summary") for tag in board.Tags()[kind]}
+    unlisted = sorted(tag for tag in tags if tag not in own and not is_listed(tag))
+    assert not unlisted, f"docs/tags.md lacks {unlisted}"
+    assert len(tags) > 100
