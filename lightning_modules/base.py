@@ -83,6 +83,7 @@ class BaseModule(LightningModule):
         self._summaries: dict[str, Summary] = {}
         self._logged_step = 0
         self._last_batch: Any = None
+        self._norms: list[Any] = []  # of each role, from on_before_optimizer_step to clipping
         self._files: dict[str, str] | None = None
 
     # ------------------------------------------------------------------ building and sharding
@@ -114,11 +115,11 @@ class BaseModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log gradient norm and learning rate; drop a non-finite gradient on every rank."""
-        norms = [
-            _total_norm([p.grad for p in group if p.grad is not None])
+        self._norms = [
+            nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
             for group in _by_role(optimizer)
         ]
-        norm = math.sqrt(sum(value * value for value in norms))
+        norm = math.sqrt(sum(_number(value) ** 2 for value in self._norms))
         self.record({"train/lr": (float(optimizer.param_groups[0]["lr"]), 1.0)})
         if math.isfinite(norm):
             self.record({"train/grad_norm": (norm, 1.0)})
@@ -150,11 +151,15 @@ class BaseModule(LightningModule):
         """Clip each role's groups by their own norm."""
         if not gradient_clip_val:
             return
-        for parameters in _by_role(optimizer):
+        norms = self._norms or [None] * len(_by_role(optimizer))
+        for parameters, norm in zip(_by_role(optimizer), norms, strict=True):
             if gradient_clip_algorithm == "value":
                 nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-            else:
+            elif norm is None:
                 nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+            else:
+                nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        self._norms = []
 
     # ------------------------------------------------------------------ logging
 
@@ -200,7 +205,9 @@ class BaseModule(LightningModule):
         self.results |= values
         for logger in self.trainer.loggers:
             logger.log_metrics(values, step=step)
-        self.log_dict(values, logger=False)  # for callbacks that monitor a tag
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        watched = {str(getattr(callback, "monitor", "")) for callback in callbacks}
+        self.log_dict({tag: values[tag] for tag in watched & values.keys()}, logger=False)
         for name, tag in self.progress.items():
             if tag in values:
                 self.log(name, values[tag], prog_bar=True, logger=False)
@@ -301,9 +308,6 @@ def _by_role(optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
     return list(roles.values())
 
 
-def _total_norm(gradients: list[Tensor]) -> float:
-    if not gradients:
-        return 0.0
-    norm = nn.utils.get_total_norm(gradients)
+def _number(norm: Tensor) -> float:
     full = getattr(norm, "full_tensor", None)  # sharded gradients give a sharded norm
     return float(full() if full is not None else norm)
