@@ -133,7 +133,8 @@ class HFEngine(Engine):
         if self.decoder == "generate":
             return _decode_with_generate(policy, prompts, sampling, seeds, **options)
         buffered = supports_buffered_cache(policy.config)
-        return decode(policy, prompts, sampling, seeds, buffered=buffered, **options)
+        with torch.inference_mode(options["steps"] is None and _has_fixed_rope(policy.config)):
+            return decode(policy, prompts, sampling, seeds, buffered=buffered, **options)
 
 
 class _Ranks:
@@ -153,6 +154,16 @@ class _Ranks:
 
     def any(self, flag: bool) -> bool:
         return bool(self.maximum(int(flag)))
+
+
+def _has_fixed_rope(config: Any) -> bool:
+    """Whether a forward pass leaves no tensor behind in the model, as dynamic rope types do.
+
+    Inference mode saves a few per cent of a decoding step, but a tensor that it makes must never be
+    met by a later training pass; sharded parameters are gathered into such tensors, too.
+    """
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return rope.get("rope_type", "unknown") == "default"
 
 
 def _eos_ids(policy: Any) -> list[int]:

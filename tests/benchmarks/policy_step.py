@@ -156,6 +156,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     ours, theirs = [], []
+    tokens: list[float] = []  # random models end at different places: tokens a step, ours / theirs
     for turn in range(args.turns):
         row = measure(args.steps, args.decoder)
         ours.append(row["total"])
@@ -168,12 +169,14 @@ def main() -> None:
         if args.trl_python:
             other = yardstick(args.trl_python, args.steps, args.threads)
             theirs.append(other["seconds_per_step"])
+            tokens.append(row["tokens"] / other["tokens_per_step"])
             print(f"trl     {turn}: {json.dumps(other)}", flush=True)
     if theirs:
         ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
         print(
             f"ratio litpost / trl: median {statistics.median(ratios):.2f} of {len(ratios)} turns "
-            f"({min(ratios):.2f} to {max(ratios):.2f})"
+            f"({min(ratios):.2f} to {max(ratios):.2f}); we write {statistics.median(tokens):.2f} of its "
+            f"tokens a step"
         )
     else:
         print("TRL is not installed: pip install -e '.[bench]' for the ratio")
