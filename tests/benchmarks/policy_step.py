@@ -175,8 +175,8 @@ def main() -> None:
         ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
         print(
             f"ratio litpost / trl: median {statistics.median(ratios):.2f} of {len(ratios)} turns "
-            f"({min(ratios):.2f} to {max(ratios):.2f}); we write {statistics.median(tokens):.2f} of its "
-            f"tokens a step"
+            f"({min(ratios):.2f} to {max(ratios):.2f}); we write "
+            f"{statistics.median(tokens):.2f} of its tokens a step"
         )
     else:
         print("TRL is not installed: pip install -e '.[bench]' for the ratio")
