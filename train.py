@@ -30,7 +30,7 @@ from run_tools.folder import RunFolder, changed_keys
 from run_tools.hparams import log_hyperparameters
 from run_tools.messages import explain
 from run_tools.table import print_table
-from run_tools.terminal import footer_lines, quiet
+from run_tools.terminal import footer_lines, leave_group, quiet
 
 #: Keys of the group ``backbone`` that only the warm start reads.
 TINY_KEYS = ("tiny", "warm_start")
@@ -303,6 +303,7 @@ def main() -> None:
             raise
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
+    leave_group()
 
 
 if __name__ == "__main__":
