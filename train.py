@@ -260,6 +260,8 @@ def build_trainer(config: DictConfig, data: Any, folder: RunFolder) -> pl.Traine
             made = load_checkpoint(folder.checkpoint) if folder.checkpoint else {"global_step": -1}
             # what a killed run logged after its checkpoint
             extra = {"purge_step": made["global_step"] + 1}
+            # readers order event files by the second they were made in
+            time.sleep(1.0 if folder.checkpoint else 0.0)
         loggers.append(instantiate(logger, **extra))
     values = trainer_values(plain(config.trainer), getattr(data, "window", 1))
     trainer = instantiate(
