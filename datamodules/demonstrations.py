@@ -19,7 +19,6 @@ class Supervised:
 
     Args:
         input_ids: ``(N, L)`` prompt then completion.
-        attention_mask: ``(N, L)``.
         prompt_lengths: ``(N,)``.
         mask: ``(N, T)`` True on completion tokens.
         domains: ``(N,)`` index into ``domain_names``.
@@ -27,7 +26,6 @@ class Supervised:
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
     prompt_lengths: Tensor
     mask: Tensor
     domains: Tensor
@@ -39,15 +37,12 @@ def collate(rows: list[Demonstration]) -> Supervised:
     sizes = torch.tensor([len(row.completion_ids) for row in rows])
     width = max(len(row.prompt_ids) + len(row.completion_ids) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
-    attention = torch.zeros_like(ids)
     for number, row in enumerate(rows):
         tokens = row.prompt_ids + row.completion_ids
         ids[number, : len(tokens)] = torch.tensor(tokens)
-        attention[number, : len(tokens)] = 1
     names = sorted({row.domain for row in rows})
     return Supervised(
         input_ids=ids,
-        attention_mask=attention,
         prompt_lengths=torch.tensor([len(row.prompt_ids) for row in rows]),
         mask=torch.arange(int(sizes.max()))[None, :] < sizes[:, None],
         domains=torch.tensor([names.index(row.domain) for row in rows]),

@@ -151,8 +151,9 @@ class BaseModule(LightningModule):
         """Clip each role's groups by their own norm."""
         if not gradient_clip_val:
             return
-        norms = self._norms or [None] * len(_by_role(optimizer))
-        for parameters, norm in zip(_by_role(optimizer), norms, strict=True):
+        roles = _by_role(optimizer)
+        norms = self._norms or [None] * len(roles)
+        for parameters, norm in zip(roles, norms, strict=True):
             if gradient_clip_algorithm == "value":
                 nn.utils.clip_grad_value_(parameters, gradient_clip_val)
             elif norm is None:

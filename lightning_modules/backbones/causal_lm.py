@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from datamodules.engines.decode import supports_buffered_cache
 from lightning_modules.backbones.shared_prompts import shared_hidden
 from lightning_modules.ops import LogprobEntropy, linear_logprob_entropy
 from lightning_modules.options import BackboneOptions, LoraOptions
@@ -87,9 +88,7 @@ class CausalLM(nn.Module):
         It takes a cache of plain full-attention layers; activation checkpointing and sharding run
         the ordinary way.
         """
-        text = self.config.get_text_config()
-        kinds = getattr(text, "layer_types", None) or ["unknown"]
-        is_plain = all(kind == "full_attention" for kind in kinds)
+        is_plain = supports_buffered_cache(self.config)
         is_checkpointing = bool(getattr(self.base, "is_gradient_checkpointing", False))
         is_sharded = any(hasattr(p, "full_tensor") for p in self.parameters())
         return is_plain and not is_checkpointing and not is_sharded
