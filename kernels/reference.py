@@ -1,108 +1,136 @@
-"""Log-prob and entropy of chosen tokens from hidden states and the head's weight, in PyTorch.
+"""The plain path: full logits and autograd, for comparison and as the oracle of tests.
 
-The plain path on any device: logits are made in slices of rows so that a workspace bounds what
-lives at once in the forward pass. Rows of an ignored target are skipped.
+Every quantity is written as its definition says and differentiated by autograd, so nothing here is
+shared with the fused back ends. ``kernel=reference`` runs a method on it.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .regions import Region, TopK, TopP
 
-class LogprobEntropy(NamedTuple):
-    """Per-token results, shaped like the targets, float32 (float64 for float64 input), in nats.
 
-    Args:
-        logprob: Log-probability of the target.
-        entropy: Shannon entropy of the distribution, or None where it was not asked for.
-    """
+class Plain(NamedTuple):
+    """Rows ``(N,)`` in float32 (float64 for float64 logits); None where not asked for."""
 
+    lse: Tensor
     logprob: Tensor
-    entropy: Tensor | None
+    entropy: Tensor
+    mean_logprob: Tensor
+    argmax: Tensor
+    region_entropy: Tensor | None
+    region_size: Tensor | None
+    region_mass: Tensor | None
 
 
-def linear_logprob_entropy(
+def plain_logits(
     hidden: Tensor,
     weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    ignore_index: int = -100,
-    with_entropy: bool = True,
-    entropy_grad: bool = True,
-    workspace_mb: int = 256,
-) -> LogprobEntropy:
-    """Log-prob of each target, and the entropy, under ``softmax((hidden @ weight.T + bias) / t)``.
+    bias: Tensor | None,
+    side: tuple[Tensor, Tensor] | None,
+    vocab_limit: int,
+) -> Tensor:
+    """Logits ``(N, V')`` in the inputs' dtype, as an ordinary head gives them."""
+    weight = weight[:vocab_limit]
+    logits = torch.nn.functional.linear(
+        hidden, weight, None if bias is None else bias[:vocab_limit]
+    )
+    if side is not None:
+        logits = logits + side[0] @ side[1][:vocab_limit].T
+    return logits
+
+
+def plain_head(
+    logits: Tensor, targets: Tensor, temperature: float = 1.0, region: Region | None = None
+) -> Plain:
+    """All quantities of rows that are not ignored.
 
     Args:
-        hidden: ``[N, H]``.
-        weight: ``[V, H]``, one row a token.
-        targets: ``[N]`` token ids; ``ignore_index`` gives zeros without gradient.
-        bias: ``[V]`` or None.
-        temperature: Divides the logits before everything else.
-        ignore_index: Target value of rows to leave out.
-        with_entropy: Whether to compute the entropy.
-        entropy_grad: Whether gradients flow through the entropy.
-        workspace_mb: Bound (MiB) on the logits of one slice.
-
-    Returns:
-        Values shaped like ``targets``.
-
-    Raises:
-        TypeError: ``hidden`` and ``weight`` have different dtypes outside autocast.
-        IndexError: A target is outside the vocabulary.
+        logits: ``(N, V)``.
+        targets: ``(N,)`` ids below V.
+        temperature: Divides the logits.
+        region: Trust region or None.
     """
-    vocabulary = weight.shape[0]
-    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
-        raise TypeError(f"hidden is {hidden.dtype} but weight is {weight.dtype}: use one dtype")
-    kept = targets != ignore_index
-    if targets.numel() and bool(((targets < 0) | (targets >= vocabulary))[kept].any()):
-        raise IndexError(f"a target is outside the vocabulary of {vocabulary} tokens")
-    rows = max(1, workspace_mb * 2**20 // (4 * vocabulary))
-    safe = torch.where(kept, targets, 0)
-    parts = [
-        _slice(
-            hidden[i : i + rows],
-            weight,
-            safe[i : i + rows],
-            bias,
-            temperature,
-            with_entropy,
-            entropy_grad,
-        )
-        for i in range(0, max(1, len(targets)), rows)
-    ]
-    logprob = torch.cat([part[0] for part in parts])
-    entropy = (
-        torch.cat([part[1] for part in parts if part[1] is not None]) if with_entropy else None
-    )
-    return LogprobEntropy(
-        torch.where(kept, logprob, 0.0),
-        None if entropy is None else torch.where(kept, entropy, 0.0),
-    )
-
-
-def _slice(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    with_entropy: bool,
-    entropy_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    z = logits if logits.dtype == torch.float64 else logits.float()
     if temperature != 1.0:
-        logits = logits / temperature
-    logprobs = logits.log_softmax(-1)
-    entropy = None
-    if with_entropy:
-        source = logprobs if entropy_grad else logprobs.detach()
-        # 0 * -inf of an excluded token is no information, not NaN
-        entropy = -(source.exp() * source.clamp(min=torch.finfo(source.dtype).min)).sum(-1)
-    return logprobs.gather(-1, targets[:, None])[:, 0], entropy
+        z = z / temperature
+    logprobs = z.log_softmax(-1)
+    lse = z.logsumexp(-1)
+    size = mass = own = None
+    if region is not None:
+        inside = select(z.detach(), region)
+        size = inside.sum(-1).int()
+        mass = (logprobs.exp() * inside).sum(-1)
+        own = _region_entropy(z, lse, inside, region)
+    return Plain(
+        lse=lse,
+        logprob=logprobs.gather(-1, targets[:, None])[:, 0],
+        entropy=_entropy(logprobs),
+        mean_logprob=logprobs.mean(-1),
+        argmax=z.argmax(-1),
+        region_entropy=own,
+        region_size=size,
+        region_mass=mass,
+    )
+
+
+def _entropy(logprobs: Tensor) -> Tensor:
+    # 0 * -inf of an excluded token is no information, not NaN
+    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+
+
+def select(z: Tensor, region: Region) -> Tensor:
+    """Mask ``(N, V)`` of the region, by a full sort."""
+    order = z.sort(dim=-1, descending=True, stable=True).indices
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(z.shape[-1], device=z.device).expand_as(order)
+    )
+    if isinstance(region, TopK):
+        return rank < region.k
+    p = z.double().softmax(-1).gather(-1, order)
+    kept = p.cumsum(-1) - p < region.p
+    if region.max_size is not None:
+        kept[:, region.max_size :] = False
+    inside = torch.zeros_like(kept).scatter_(-1, order, kept)
+    if region.ties == "include":
+        least = torch.where(inside, z, torch.inf).amin(-1, keepdim=True)
+        inside = z >= least
+    return inside
+
+
+def _region_entropy(z: Tensor, lse: Tensor, inside: Tensor, region: Region) -> Tensor:
+    size = inside.sum(-1)
+    if isinstance(region, TopK) and region.k == 1:
+        return lse - z.amax(-1)
+    if region.preserve_mass:
+        z = _Projected.apply(z, torch.where(inside, z, -torch.inf).softmax(-1))
+    log_q = torch.where(inside, z, -torch.inf).log_softmax(-1)
+    own = _entropy(log_q)
+    if isinstance(region, TopP):
+        own = torch.where(size > 1, own, 0.0)
+    if region.scale == "none":
+        return own
+    scale = math.log(z.shape[-1]) / size.double().log()
+    return own * torch.where(size > 1, scale, 0.0).to(own.dtype)
+
+
+class _Projected(torch.autograd.Function):
+    """Identity on the logits; its backward takes away what would move the region's mass."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, q: Tensor) -> Tensor:
+        """Hand ``z`` through."""
+        ctx.save_for_backward(q)
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Remove the component of the gradient along ``q``."""
+        (q,) = ctx.saved_tensors
+        along = (q * grad).sum(-1, keepdim=True) / (q * q).sum(-1, keepdim=True)
+        return grad - along * q, None

@@ -37,8 +37,22 @@ def load_kernels(name: str) -> ModuleType:
     return importlib.import_module(f"{_NAME}.{name}")
 
 
-_reference = load_kernels("reference")
-LogprobEntropy = _reference.LogprobEntropy
-linear_logprob_entropy = _reference.linear_logprob_entropy
+_api, _regions = load_kernels("api"), load_kernels("regions")
+linear_logprob_entropy = _api.linear_logprob_entropy
+linear_cross_entropy = _api.linear_cross_entropy
+logprob_entropy_from_logits = _api.logprob_entropy_from_logits
+available_backend = load_kernels("dispatch").available_backend
+LogprobEntropy, CEStats = _regions.LogprobEntropy, _regions.CEStats
+TopK, TopP = _regions.TopK, _regions.TopP
 
-__all__ = ["LogprobEntropy", "linear_logprob_entropy", "load_kernels"]
+__all__ = [
+    "CEStats",
+    "LogprobEntropy",
+    "TopK",
+    "TopP",
+    "available_backend",
+    "linear_cross_entropy",
+    "linear_logprob_entropy",
+    "load_kernels",
+    "logprob_entropy_from_logits",
+]

@@ -1,0 +1,121 @@
+"""What is refused before anything is computed, and what to do instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .regions import Region, TopK
+
+Side = tuple[Tensor, Tensor]
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_region(region: Region | None, vocabulary: int) -> None:
+    """Refuse a region that does not fit the vocabulary.
+
+    Raises:
+        ValueError: ``TopK(k)`` is larger than the vocabulary.
+    """
+    if isinstance(region, TopK) and region.k > vocabulary:
+        raise ValueError(
+            f"TopK(k={region.k}) is larger than the vocabulary of {vocabulary} tokens: give k from "
+            f"1 to {vocabulary}"
+        )
+
+
+def check_inputs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    side: Side | None,
+    temperature: float,
+    vocab_limit: int | None,
+    process_group: Any,
+) -> tuple[Tensor, Tensor, Tensor | None, Side | None]:
+    """Refuse what cannot be right; under autocast cast to its dtype.
+
+    Returns:
+        hidden, weight, bias and side in one dtype.
+
+    Raises:
+        TypeError: Different or unsupported dtypes, or a ``DTensor``.
+        ValueError: Shapes that do not fit, or a value out of range.
+        NotImplementedError: A process group.
+    """
+    if process_group is not None:
+        raise NotImplementedError(
+            "process_group: a vocabulary shared among ranks is not built; shard the head with "
+            "fully_shard (trainer=fsdp) and call it through FusedLMHead.forward"
+        )
+    tensors = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias}
+    for name, tensor in tensors.items():
+        if tensor is not None and type(tensor).__name__ == "DTensor":
+            raise TypeError(
+                f"{name} is a DTensor, one rank's shard: call the head's own forward with targets "
+                f"(FusedLMHead; fuse_lm_head(model) puts it in), where fully_shard has gathered "
+                f"the weight, instead of reading model.lm_head.weight"
+            )
+    problems = _shape_problems(hidden, weight, targets, bias, side, vocab_limit)
+    if not temperature > 0.0:
+        problems.append(f"temperature={temperature}: give a value above 0")
+    if problems:
+        raise ValueError("; ".join(problems))
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets are {targets.dtype}: give int64 token ids (targets.long())")
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        side = None if side is None else (side[0].to(dtype), side[1].to(dtype))
+    if hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"hidden is {hidden.dtype} but weight is {weight.dtype}: cast one of them "
+            f"(hidden.to(weight.dtype)) or run under torch.autocast"
+        )
+    if hidden.dtype not in FLOATS:
+        raise TypeError(
+            f"{hidden.dtype} is not supported: use one of {', '.join(map(str, FLOATS))}"
+        )
+    if side is not None and {side[0].dtype, side[1].dtype} != {hidden.dtype}:
+        raise TypeError(
+            f"side is {side[0].dtype} and {side[1].dtype} but hidden is {hidden.dtype}: cast both "
+            f"to {hidden.dtype}"
+        )
+    return hidden, weight, bias, side
+
+
+def _shape_problems(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    side: Side | None,
+    vocab_limit: int | None,
+) -> list[str]:
+    problems = []
+    if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[-1]:
+        return [
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit: give "
+            f"(..., H) and (V, H)"
+        ]
+    vocabulary = weight.shape[0]
+    if hidden.shape[:-1] != targets.shape:
+        problems.append(
+            f"targets {tuple(targets.shape)} do not fit hidden {tuple(hidden.shape)}: give one id "
+            f"for each of {tuple(hidden.shape[:-1])}"
+        )
+    if bias is not None and bias.shape != (vocabulary,):
+        problems.append(f"bias {tuple(bias.shape)}: give ({vocabulary},)")
+    if side is not None:
+        rank = side[1].shape[-1]
+        wanted = (*hidden.shape[:-1], rank), (vocabulary, rank)
+        given = tuple(side[0].shape), tuple(side[1].shape)
+        if given != wanted:
+            problems.append(f"side {given[0]}, {given[1]}: give {wanted[0]}, {wanted[1]}")
+    if vocab_limit is not None and not 1 <= vocab_limit <= vocabulary:
+        problems.append(f"vocab_limit={vocab_limit}: give 1 to {vocabulary}")
+    return problems
