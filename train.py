@@ -245,6 +245,7 @@ def build_module(config: DictConfig, backbone: dict[str, Any]) -> Any:
         backbone=backbone,
         optimizer=plain(config.optimizer),
         lora=lora if enabled else None,
+        kernel=plain(config.kernel),
         _recursive_=False,
         _convert_="all",
     )

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from . import logits_ops, ops
-from .checks import check_inputs, check_region
+from .checks import check_inputs, check_region, own_limit
 from .dispatch import choose_backend, workspace_bytes
 from .fields import FIELDS
 from .reference import plain_head, plain_logits
 from .regions import CEStats, LogprobEntropy, Region, TopK, pack_region
+from .vocab_shards import group_name
 
 Backend = Literal["auto", "triton", "torch", "interpret", "reference"]
 Side = tuple[Tensor, Tensor]
@@ -61,7 +62,9 @@ def linear_logprob_entropy(
             CUDA, or ``FUSED_WORKSPACE_MB``.
         backend: ``auto``, ``triton`` (CUDA), ``torch`` (any device), ``interpret`` (the Triton
             kernels on a CPU, for tests) or ``reference`` (full logits and autograd).
-        process_group: Ranks that share the vocabulary; not built yet.
+        process_group: Ranks that share the vocabulary: ``weight``, ``bias`` and ``side[1]`` are
+            this rank's rows, hidden states and targets equal on all; the gradient of hidden states
+            is summed over the ranks.
         vocab_start: First token of this rank's rows; with ``process_group``.
 
     Returns:
@@ -72,7 +75,7 @@ def linear_logprob_entropy(
         IndexError: A target is outside the vocabulary (on CUDA only with ``FUSED_CHECK=1``).
         ValueError: Shapes that do not fit, or a region, temperature or limit out of range.
         RuntimeError: ``backend="triton"`` cannot run here; says why.
-        NotImplementedError: ``process_group`` is given.
+        NotImplementedError: TopP or ``backend="reference"`` with ``process_group``.
 
     Example:
         >>> out = linear_logprob_entropy(torch.zeros(2, 4), torch.zeros(8, 4), torch.tensor([0, 7]))
@@ -85,6 +88,7 @@ def linear_logprob_entropy(
         workspace_mb=workspace_mb,
         backend=backend,
         process_group=process_group,
+        vocab_start=vocab_start,
     )
     return _logprob_entropy(found, targets, region, with_entropy, entropy_grad)
 
@@ -132,8 +136,8 @@ def linear_cross_entropy(
         return_stats: Also per-token ``CEStats``, without gradient.
         workspace_mb: As in ``linear_logprob_entropy``.
         backend: As in ``linear_logprob_entropy``.
-        process_group: Not built yet.
-        vocab_start: With ``process_group``.
+        process_group: As in ``linear_logprob_entropy``.
+        vocab_start: As in ``linear_logprob_entropy``.
 
     Returns:
         A scalar, or ``(...)`` with ``reduction="none"``; with ``return_stats`` a pair. A mean over
@@ -163,6 +167,7 @@ def linear_cross_entropy(
         workspace_mb=workspace_mb,
         backend=backend,
         process_group=process_group,
+        vocab_start=vocab_start,
     )
     losses = (label_smoothing - 1.0) * found["logprob"]
     if label_smoothing > 0.0:
@@ -258,22 +263,28 @@ def _row_quantities(
     workspace_mb: int | None,
     backend: str,
     process_group: Any,
+    vocab_start: int,
 ) -> dict[str, Tensor]:
     """Row quantities ``(N,)`` by name, from whichever back end."""
     hidden, weight, bias, side = check_inputs(
-        hidden, weight, targets, bias, side, temperature, vocab_limit, process_group
+        *(hidden, weight, targets, bias, side, temperature, region, process_group)
     )
-    limit = weight.shape[0] if vocab_limit is None else vocab_limit
-    check_region(region, limit)
+    if process_group is None:
+        limit = own_limit(vocab_limit, weight.shape[0])
+        check_region(region, limit)
+    else:
+        limit = own_limit(vocab_limit, weight.shape[0], vocab_start)
     flat, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     beside = None if side is None else (side[0].reshape(-1, side[0].shape[-1]), side[1])
     chosen = choose_backend(backend, flat, weight)
+    if chosen == "reference" and process_group is not None:
+        raise NotImplementedError("backend='reference' with process_group: use 'torch' or 'triton'")
     if chosen == "reference":
         return _plain(flat, weight, ids, bias, beside, temperature, ignore_index, limit, region)
     outputs = ops.linear_head(
         *(flat, weight, ids, bias, *(beside or (None, None)), temperature, ignore_index, limit),
         *(pack_region(region), entropy_grad, with_mean, with_argmax),
-        *(workspace_bytes(workspace_mb, flat), chosen),
+        *(workspace_bytes(workspace_mb, flat), chosen, group_name(process_group), vocab_start),
     )
     found = dict(zip(FIELDS, outputs, strict=True))
     if region is not None:

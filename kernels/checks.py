@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .regions import Region, TopK
+from .regions import Region, TopK, TopP
 
 Side = tuple[Tensor, Tensor]
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -33,7 +33,7 @@ def check_inputs(
     bias: Tensor | None,
     side: Side | None,
     temperature: float,
-    vocab_limit: int | None,
+    region: Region | None,
     process_group: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None, Side | None]:
     """Refuse what cannot be right; under autocast cast to its dtype.
@@ -44,12 +44,12 @@ def check_inputs(
     Raises:
         TypeError: Different or unsupported dtypes, or a ``DTensor``.
         ValueError: Shapes that do not fit, or a value out of range.
-        NotImplementedError: A process group.
+        NotImplementedError: TopP with a process group.
     """
-    if process_group is not None:
+    if process_group is not None and isinstance(region, TopP):
         raise NotImplementedError(
-            "process_group: a vocabulary shared among ranks is not built; shard the head with "
-            "fully_shard (trainer=fsdp) and call it through FusedLMHead.forward"
+            "TopP with process_group: a nucleus over a vocabulary shared among ranks is not built; "
+            "use TopK, or shard the head with fully_shard and call it through FusedLMHead"
         )
     tensors = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias}
     for name, tensor in tensors.items():
@@ -59,7 +59,7 @@ def check_inputs(
                 f"(FusedLMHead; fuse_lm_head(model) puts it in), where fully_shard has gathered "
                 f"the weight, instead of reading model.lm_head.weight"
             )
-    problems = _shape_problems(hidden, weight, targets, bias, side, vocab_limit)
+    problems = _shape_problems(hidden, weight, targets, bias, side)
     if not temperature > 0.0:
         problems.append(f"temperature={temperature}: give a value above 0")
     if problems:
@@ -94,7 +94,6 @@ def _shape_problems(
     targets: Tensor,
     bias: Tensor | None,
     side: Side | None,
-    vocab_limit: int | None,
 ) -> list[str]:
     problems = []
     if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[-1]:
@@ -116,6 +115,28 @@ def _shape_problems(
         given = tuple(side[0].shape), tuple(side[1].shape)
         if given != wanted:
             problems.append(f"side {given[0]}, {given[1]}: give {wanted[0]}, {wanted[1]}")
-    if vocab_limit is not None and not 1 <= vocab_limit <= vocabulary:
-        problems.append(f"vocab_limit={vocab_limit}: give 1 to {vocabulary}")
     return problems
+
+
+def own_limit(vocab_limit: int | None, num_rows: int, vocab_start: int = 0) -> int:
+    """Columns of the weight's rows that exist.
+
+    Args:
+        vocab_limit: Columns of the whole vocabulary that exist, or None for all.
+        num_rows: Rows of the weight.
+        vocab_start: Token of the first row.
+
+    Raises:
+        ValueError: None exists, or more than there are.
+    """
+    if vocab_limit is None:
+        return num_rows
+    own = vocab_limit - vocab_start
+    if vocab_start == 0 and vocab_limit < 1:
+        raise ValueError(f"vocab_limit={vocab_limit}: give 1 or more")
+    if own < 1:
+        raise ValueError(
+            f"vocab_limit={vocab_limit} leaves nothing of the rows from vocab_start={vocab_start} "
+            f"on: give every rank at least one token"
+        )
+    return min(own, num_rows)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import torch_backend
+from . import torch_backend, vocab_shards
 from .backward import Gradients, backward, coefficients
 from .fields import (
     NUM_DIFFERENTIABLE,
@@ -60,8 +60,12 @@ def linear_head(
     with_argmax: bool,
     workspace: int,
     backend: str,
+    group: str,
+    vocab_start: int,
 ) -> list[Tensor]:
     """Row quantities of ``FIELDS`` from ``hidden (N, H)`` and ``weight (V, H)``.
+
+    With ``group`` (its name) the weight is this rank's rows, from token ``vocab_start`` on.
 
     Raises:
         IndexError: A target is outside the vocabulary (not checked on CUDA, which would wait).
@@ -72,8 +76,16 @@ def linear_head(
     )
     rows = kept_rows(targets, ignore_index)
     part = problem if rows is None else problem.rows(rows)
-    check_targets(part.targets, vocab_limit, weight.shape[0])
-    stats = _backend(backend)[0](part)
+    forward = _backend(backend)[0]
+    if group:
+        ranks = vocab_shards.find_group(group)
+        own, is_mine, vocabulary = vocab_shards.own_columns(part, vocab_start, ranks)
+        check_targets(part.targets, vocabulary, vocabulary)
+        stats = vocab_shards.merge(forward(own), part, is_mine, vocab_start, vocabulary, ranks)
+        part.vocab_limit = vocabulary
+    else:
+        check_targets(part.targets, vocab_limit, weight.shape[0])
+        stats = forward(part)
     blank = empty_outputs(targets, part.dtype, region, with_mean, with_argmax)
     return spread(outputs_of(part, stats), rows, blank)
 
@@ -95,6 +107,8 @@ def _linear_head_fake(
     with_argmax: bool,
     workspace: int,
     backend: str,
+    group: str,
+    vocab_start: int,
 ) -> list[Tensor]:
     return empty_outputs(targets, accumulator_dtype(hidden), region, with_mean, with_argmax)
 
@@ -118,6 +132,8 @@ def linear_head_backward(
     with_mean: bool,
     workspace: int,
     backend: str,
+    group: str,
+    vocab_start: int,
 ) -> list[Tensor]:
     """Gradients of the five tensor inputs; empty where ``needs`` says False."""
     problem = make_problem(
@@ -135,8 +151,16 @@ def linear_head_backward(
             outputs = [v[rows] if v.shape[0] == n else v for v in outputs]
             grads = [v[rows] if v.shape[0] == n else v for v in grads]
         stats = stats_of(outputs, problem)
-        coefs = coefficients(problem, stats, upstream_of(grads, entropy_grad, with_mean, region))
-        found = backward(problem, stats, coefs, needs, _backend(backend)[1])
+        upstream = upstream_of(grads, entropy_grad, with_mean, region)
+        fill = _backend(backend)[1]
+        if group:
+            ranks = vocab_shards.find_group(group)
+            found = vocab_shards.backward_of_rank(
+                problem, stats, upstream, needs, fill, vocab_start, ranks
+            )
+        else:
+            coefs = coefficients(problem, stats, upstream)
+            found = backward(problem, stats, coefs, needs, fill)
     results = []
     for index, (need, given, value) in enumerate(
         zip(needs, inputs, vars(found).values(), strict=True)
@@ -180,18 +204,16 @@ def _linear_head_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) 
 
 def _linear_head_grad(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     hidden, weight, targets, bias, side_hidden, side_weight, *outputs = ctx.saved_tensors
-    temperature, ignore_index, limit, region, entropy_grad, with_mean, _, workspace, backend = (
-        ctx.options
-    )
+    temperature, ignore_index, limit, region, entropy_grad, with_mean, _, *rest = ctx.options
     needed = ctx.needs_input_grad
     needs = [needed[0], needed[1], needed[3], needed[4], needed[5]]
     found = linear_head_backward(
         *(hidden, weight, targets, bias, side_hidden, side_weight, outputs),
         *(list(grads[:NUM_DIFFERENTIABLE]), needs, temperature, ignore_index, limit, region),
-        *(entropy_grad, with_mean, workspace, backend),
+        *(entropy_grad, with_mean, *rest),
     )
     own = [value if need else None for value, need in zip(found, needs, strict=True)]
-    return (own[0], own[1], None, *own[2:], *[None] * 9)
+    return (own[0], own[1], None, *own[2:], *[None] * len(ctx.options))
 
 
 linear_head.register_autograd(_linear_head_grad, setup_context=_linear_head_setup)

@@ -34,6 +34,7 @@ from lightning_modules.functional.sums import (
 from lightning_modules.optim import build_optimizer
 from lightning_modules.options import (
     BackboneOptions,
+    KernelOptions,
     LoraOptions,
     OptimizerOptions,
     read_options,
@@ -49,6 +50,7 @@ class BaseModule(LightningModule):
         backbone: Options of the backbone, or a folder or hub name.
         optimizer: Options of the optimizer.
         lora: Options of the adapters; None trains all parameters.
+        kernel: Options of the fused head; None for its defaults.
         max_bad_steps: Steps with a non-finite gradient that are skipped before the run stops.
         progress: Short name on the progress bar -> logged tag.
     """
@@ -62,6 +64,7 @@ class BaseModule(LightningModule):
         backbone: Mapping[str, Any] | str | BackboneOptions,
         optimizer: Mapping[str, Any] | OptimizerOptions | None = None,
         lora: Mapping[str, Any] | LoraOptions | None = None,
+        kernel: Mapping[str, Any] | KernelOptions | None = None,
         max_bad_steps: int = 10,
         progress: Mapping[str, str] | None = None,
     ) -> None:
@@ -71,6 +74,7 @@ class BaseModule(LightningModule):
         self.backbone_options = read_options(BackboneOptions, values, "backbone")
         self.optimizer_options = read_options(OptimizerOptions, optimizer, "optimizer")
         self.lora_options = None if lora is None else read_options(LoraOptions, lora, "lora")
+        self.kernel_options = read_options(KernelOptions, kernel, "kernel")
         self.max_bad_steps = max_bad_steps
         self.progress = dict(progress or {})
         self.policy: Any = None  # a CausalLM, once configure_model has built it
@@ -98,7 +102,9 @@ class BaseModule(LightningModule):
 
     def build(self) -> None:
         """Make the policy. Families with further parts (critic, reference) extend this."""
-        self.policy = load_causal_lm(self.backbone_options, self.lora_options)
+        self.policy = load_causal_lm(
+            self.backbone_options, self.lora_options, kernel=self.kernel_options
+        )
 
     # ------------------------------------------------------------------ optimization
 

@@ -44,13 +44,17 @@ logprob_entropy_from_logits = _api.logprob_entropy_from_logits
 available_backend = load_kernels("dispatch").available_backend
 LogprobEntropy, CEStats = _regions.LogprobEntropy, _regions.CEStats
 TopK, TopP = _regions.TopK, _regions.TopP
+_head = load_kernels("head")
+FusedLMHead, fuse_lm_head = _head.FusedLMHead, _head.fuse_lm_head
 
 __all__ = [
     "CEStats",
+    "FusedLMHead",
     "LogprobEntropy",
     "TopK",
     "TopP",
     "available_backend",
+    "fuse_lm_head",
     "linear_cross_entropy",
     "linear_logprob_entropy",
     "load_kernels",

@@ -78,6 +78,20 @@ class LoraOptions:
 
 
 @dataclass
+class KernelOptions:
+    """The head that turns hidden states into log-probs (``kernels/``).
+
+    Args:
+        backend: ``auto`` is Triton on CUDA and PyTorch elsewhere; ``reference`` makes full logits
+            and leaves gradients to autograd.
+        workspace_mb: Most MiB of logits that exist at once; None for 64 on a CPU, 512 on CUDA.
+    """
+
+    backend: Literal["auto", "triton", "torch", "interpret", "reference"] = "auto"
+    workspace_mb: int | None = None
+
+
+@dataclass
 class OptimizerOptions:
     """Optimizer and learning-rate schedule, stepped once an optimizer step.
 

@@ -13,7 +13,12 @@ from typing import Any, Literal
 
 from lightning_modules.backbones.prepare import WarmStartOptions
 from lightning_modules.backbones.tiny import TinyOptions
-from lightning_modules.options import BackboneOptions, LoraOptions, OptimizerOptions
+from lightning_modules.options import (
+    BackboneOptions,
+    KernelOptions,
+    LoraOptions,
+    OptimizerOptions,
+)
 
 
 @dataclass
@@ -248,5 +253,6 @@ def check_config(values: Mapping[str, Any]) -> None:
     problems += check_options("backbone", backbone, BackboneOptions)
     problems += check_options("lora", lora, LoraOptions)
     problems += check_options("optimizer", values["optimizer"], OptimizerOptions)
+    problems += check_options("kernel", values["kernel"], KernelOptions)
     if problems:
         raise ValueError("; ".join(dict.fromkeys(problems)))

@@ -37,7 +37,8 @@ MODELS = options("model")
 
 
 def test_the_groups_are_those_of_the_design() -> None:
-    expected = {"model", "data", "backbone", "engine", "reward", "lora", "optimizer", "trainer",
+    expected = {"model", "data", "backbone", "engine", "reward", "lora", "optimizer", "kernel",
+                "trainer",
                 "callbacks", "logger", "experiment", "debug"}  # fmt: skip
     assert set(GROUPS) == expected
     assert MODELS

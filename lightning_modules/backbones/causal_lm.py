@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from datamodules.engines.decode import supports_buffered_cache
 from lightning_modules.backbones.shared_prompts import shared_hidden
-from lightning_modules.ops import LogprobEntropy, linear_logprob_entropy
-from lightning_modules.options import BackboneOptions, LoraOptions
+from lightning_modules.ops import LogprobEntropy, TopK, TopP, fuse_lm_head
+from lightning_modules.options import BackboneOptions, KernelOptions, LoraOptions
 
 
 class Completions(NamedTuple):
@@ -38,12 +38,18 @@ class CausalLM(nn.Module):
     parameters are gathered by the hooks of ``fully_shard`` either way.
 
     Args:
-        model: The model to wrap.
+        model: The model to wrap; its head is replaced by a ``FusedLMHead`` of the same parameters.
+        kernel: Options of that head; None for its defaults.
+
+    Raises:
+        NotImplementedError: Adapters on the head of a kind that the fused head cannot follow.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, kernel: KernelOptions | None = None) -> None:
         super().__init__()
         self.model = model
+        options = kernel or KernelOptions()
+        fuse_lm_head(self.base, backend=options.backend, workspace_mb=options.workspace_mb)
 
     @property
     def base(self) -> Any:
@@ -102,6 +108,7 @@ class CausalLM(nn.Module):
         temperature: float = 1.0,
         with_entropy: bool = True,
         entropy_grad: bool = False,
+        region: TopK | TopP | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits as usual, or log-probs of completion tokens.
@@ -113,6 +120,7 @@ class CausalLM(nn.Module):
             temperature: Of the softmax.
             with_entropy: Also the entropy at those positions.
             entropy_grad: Whether gradients flow through it.
+            region: Also the entropy of this trust region of the vocabulary, always with gradients.
             **kwargs: Of the model itself.
 
         Returns:
@@ -134,11 +142,10 @@ class CausalLM(nn.Module):
             hidden = self._plain(input_ids, completions)
         rows, places = mask.nonzero(as_tuple=True)
         head = self.base.get_output_embeddings()
-        flat = linear_logprob_entropy(
+        flat = head(  # inside its forward, where fully_shard has gathered the weight
             hidden,
-            head.weight,
             input_ids[rows, completions.prompt_lengths[rows] + places],
-            bias=getattr(head, "bias", None),
+            region=region,
             temperature=temperature,
             with_entropy=with_entropy,
             entropy_grad=entropy_grad,
@@ -187,11 +194,17 @@ def completion_logprobs(
     return policy(input_ids, completions=Completions(prompt_lengths, mask, groups), **options)
 
 
-def load_causal_lm(options: BackboneOptions, lora: LoraOptions | None = None) -> CausalLM:
-    """Load a folder or hub name, put adapters on it where asked.
+def load_causal_lm(
+    options: BackboneOptions,
+    lora: LoraOptions | None = None,
+    *,
+    kernel: KernelOptions | None = None,
+) -> CausalLM:
+    """Load a folder or hub name, put adapters on it where asked, fuse its head.
 
     Raises:
-        ValueError: The folder is missing or is no causal LM, or LoRA on the head.
+        ValueError: The folder is missing or is no causal LM, or LoRA on a head that shares its
+            weight with the embedding.
     """
     dtype: Any = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     shared = {
@@ -220,15 +233,19 @@ def load_causal_lm(options: BackboneOptions, lora: LoraOptions | None = None) ->
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if lora is not None:
         model = _add_lora(model, lora)
-    return CausalLM(model).train()  # transformers loads in eval mode
+    return CausalLM(model, kernel).train()  # transformers loads in eval mode
 
 
 def _add_lora(model: Any, lora: LoraOptions) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets = lora.target_modules
-    if not isinstance(targets, str) and any("lm_head" in name for name in targets):
-        raise ValueError("lora.target_modules names the head (lm_head); leave it out")
+    names_head = not isinstance(targets, str) and any("lm_head" in name for name in targets)
+    if names_head and model.config.get_text_config().tie_word_embeddings:
+        raise ValueError(
+            "lora.target_modules names the head (lm_head), whose weight is the embedding's in this "
+            "model; leave it out"
+        )
     return get_peft_model(
         model,
         LoraConfig(

@@ -112,7 +112,8 @@ class PolicyModule(BaseModule):
         """The policy and, where a KL needs it and no adapter can be switched off, a frozen copy."""
         super().build()
         if self.needs_reference and self.lora_options is None:
-            self.reference = load_causal_lm(self.backbone_options).requires_grad_(False).eval()
+            reference = load_causal_lm(self.backbone_options, kernel=self.kernel_options)
+            self.reference = reference.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> PolicyModule:
         """Train mode for everything but the frozen reference."""
