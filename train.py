@@ -272,9 +272,6 @@ def build_trainer(config: DictConfig, data: Any, folder: RunFolder) -> pl.Traine
         default_root_dir=config.run_dir,
         _convert_="all",
     )
-    if getattr(trainer.strategy, "_data_parallel_size", None) == "auto":
-        # Lightning's own "auto" shards over machines only
-        trainer.strategy._data_parallel_size = trainer.num_devices * trainer.num_nodes
     return trainer
 
 

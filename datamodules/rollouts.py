@@ -49,7 +49,7 @@ class RolloutDataModule(LightningDataModule):
         keep_rollouts: Keep the last ``Rollouts`` object for callbacks.
 
     Raises:
-        ValueError: Counts below 1, shares of unknown domains, a draw that ranks cannot divide.
+        ValueError: Counts below 1, shares of unknown domains, fewer prompts than ranks.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class RolloutDataModule(LightningDataModule):
         self.last_rollouts: Rollouts | None = None
         self.seconds: dict[str, float] = {}
         self._pools: dict[str, list[Prompt]] | None = None
+        self._rounded: set[str] = set()  # keys that were warned about
 
     def prepare(
         self,
@@ -158,25 +159,45 @@ class RolloutDataModule(LightningDataModule):
         trainer = self.trainer
         return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
 
+    def draw_counts(self) -> dict[str, int]:
+        """Prompts of a draw over all ranks, by key of ``prompts_per_rollout``.
+
+        Every rank draws equally many, so that ranks run equally many forward passes: a count is
+        rounded up to a multiple of the ranks, or down to what the pool holds.
+
+        Raises:
+            ValueError: Fewer prompts than ranks.
+        """
+        _, world = self.ranks
+        counts = {}
+        for domain, pool in self.pools().items():
+            key = f"data.prompts_per_rollout{'.' + domain if domain else ''}"
+            asked = self.prompts_per_rollout[domain]
+            if len(pool) < world:
+                raise ValueError(
+                    f"{key}={asked}: {len(pool)} training prompts cannot be shared among {world} "
+                    f"processes: give more prompts or fewer trainer.devices"
+                )
+            wanted = -(-asked // world) * world
+            counts[domain] = min(wanted, len(pool) // world * world)
+            if counts[domain] != asked <= len(pool) and key not in self._rounded:
+                self._rounded.add(key)
+                rank_zero_warn(
+                    f"{key}={asked} is taken as {counts[domain]}: {world} processes draw equally "
+                    f"many prompts"
+                )
+        return counts
+
     def draw(self, index: int) -> list[Prompt]:
         """Prompts of rollout ``index`` on this rank: a pure function of (seed, index, rank).
 
         Within one cycle over a pool no prompt comes twice.
-
-        Raises:
-            ValueError: A count that the ranks cannot divide evenly.
         """
         rank, world = self.ranks
         drawn: list[Prompt] = []
+        counts = self.draw_counts()
         for domain, pool in self.pools().items():
-            count = self.prompts_per_rollout[domain]
-            if count > len(pool) >= world:  # ``pools`` warned
-                count = len(pool) // world * world
-            if count % world or count > len(pool):
-                raise ValueError(
-                    f"data.prompts_per_rollout{'.' + domain if domain else ''}={count} cannot be "
-                    f"divided by {world} processes"
-                )
+            count = counts[domain]
             per_cycle = len(pool) // count
             generator = torch.Generator()
             generator.manual_seed((self.seed * 1_000_003 + index // per_cycle) % 2**63)
@@ -187,8 +208,8 @@ class RolloutDataModule(LightningDataModule):
 
     def rollouts_per_epoch(self) -> int:
         """Draws until the smallest pool has been seen once."""
-        counts = self.prompts_per_rollout
-        return min(len(p) // min(counts[d], len(p)) for d, p in self.pools().items())
+        counts = self.draw_counts()
+        return min(len(pool) // counts[domain] for domain, pool in self.pools().items())
 
     def collect(self, index: int) -> Rollouts:
         """Sample and score rollout ``index`` with the attached module's hooks."""

@@ -98,7 +98,8 @@ class BaseModule(LightningModule):
             return
         self.build()
         if self.device_mesh is not None:
-            shard(self, self.trainable_parts, self.device_mesh["data_parallel"])
+            options = getattr(self.trainer.strategy, "options", None)
+            shard(self, self.trainable_parts, self.device_mesh["data_parallel"], options)
 
     def build(self) -> None:
         """Make the policy. Families with further parts (critic, reference) extend this."""

@@ -74,25 +74,27 @@ def warm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
-def make_config(tmp_path: Path, warm_cache: Path) -> Callable[..., Any]:
-    """Compose the real config with overrides, shrunk by experiment=smoke, into tmp_path."""
-    from hydra import compose, initialize_config_dir
+@pytest.fixture(scope="session")
+def compose(warm_cache: Path) -> Callable[..., Any]:
+    """Compose the real config with overrides, shrunk by experiment=smoke unless ``smoke=False``."""
+    import hydra
     from hydra.core.global_hydra import GlobalHydra
 
     def make(*overrides: str, smoke: bool = True) -> Any:
         GlobalHydra.instance().clear()
-        with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
+        with hydra.initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
+            own = [f"cache_dir={warm_cache}", "trainer.num_threads=1"]
             shrink = ["experiment=smoke"] if smoke else []
-            return compose(
-                "train",
-                overrides=[
-                    *shrink,
-                    f"output_dir={tmp_path}",
-                    f"cache_dir={warm_cache}",
-                    "trainer.num_threads=1",
-                    *overrides,
-                ],
-            )
+            return hydra.compose("train", overrides=[*shrink, *own, *overrides])
+
+    return make
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, compose: Callable[..., Any]) -> Callable[..., Any]:
+    """As ``compose``, with run folders in ``tmp_path``."""
+
+    def make(*overrides: str, smoke: bool = True) -> Any:
+        return compose(f"output_dir={tmp_path}", *overrides, smoke=smoke)
 
     return make

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -60,6 +61,13 @@ class HFEngine(Engine):
         if self._policy is None:
             raise RuntimeError("the engine has no weights yet: call sync(policy, version) first")
         policy = self._policy
+        gathered = getattr(policy, "gathered", None)  # of a sharded policy: whole for the rollout
+        with gathered() if gathered is not None else nullcontext():
+            return self._generate(policy, prompts, sampling)
+
+    def _generate(
+        self, policy: Any, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> list[list[Completion]]:
         config = policy.config
         parameter = next(policy.parameters())
         collective = _Ranks(policy, parameter.device)

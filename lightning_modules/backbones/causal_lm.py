@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from datamodules.engines.decode import supports_buffered_cache
+from lightning_modules.backbones.sharding import gathered
 from lightning_modules.backbones.shared_prompts import shared_hidden
 from lightning_modules.ops import LogprobEntropy, TopK, TopP, fuse_lm_head
 from lightning_modules.options import BackboneOptions, KernelOptions, LoraOptions
@@ -82,6 +83,12 @@ class CausalLM(nn.Module):
             raise ValueError("there is no adapter to switch off: use lora=default")
         with self.model.disable_adapter():
             yield
+
+    @contextmanager
+    def gathered(self) -> Iterator[bool]:
+        """Inside the block a sharded policy is whole on every rank, where that fits."""
+        with gathered(self) as is_whole:
+            yield is_whole
 
     def generate(self, **kwargs: Any) -> Tensor:
         """Hugging Face's ``generate``."""

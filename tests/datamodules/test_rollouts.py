@@ -74,10 +74,20 @@ def test_rank_slices_are_disjoint_and_make_the_whole_draw(world):
         assert domains == [["pref"] * (4 // world) + ["refl"] * (4 // world)] * world
 
 
-def test_draw_that_ranks_cannot_divide_is_refused():
-    data = stream(world=2, prompts_per_rollout={"pref": 4, "refl": 3})
-    with pytest.raises(ValueError, match=r"prompts_per_rollout\.refl=3 cannot be divided by 2"):
-        data.draw(0)
+def test_draw_that_ranks_cannot_divide_is_rounded_up():
+    counts = {"pref": 4, "refl": 3}
+    ranks = [stream(rank=r, world=2, prompts_per_rollout=counts) for r in (0, 1)]
+    with pytest.warns(UserWarning, match=r"prompts_per_rollout\.refl=3 is taken as 4: 2 proc"):
+        drawn = [data.draw(0) for data in ranks]
+    assert [len(part) for part in drawn] == [4, 4]
+    whole = stream(prompts_per_rollout={"pref": 4, "refl": 4})
+    assert sorted(uids(drawn[0] + drawn[1])) == sorted(uids(whole.draw(0)))
+    assert [data.rollouts_per_epoch() for data in (*ranks, whole)] == [1, 1, 1]
+
+
+def test_fewer_prompts_than_ranks_are_refused():
+    with pytest.raises(ValueError, match=r"refl=1: 4 training prompts cannot be shared among 5"):
+        stream(world=5, prompts_per_rollout={"refl": 1}).draw(0)
 
 
 def test_pools_hold_their_domain_only():

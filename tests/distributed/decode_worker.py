@@ -63,13 +63,24 @@ def main() -> None:
     shard(Holder(policy), ("policy",), init_device_mesh("cpu", (world,)))
     assert all(hasattr(parameter, "full_tensor") for parameter in policy.parameters())
     numbers = list(range(rank, len(PROMPTS), world))
-    mine = completions(policy, None, numbers, max_sequences=6)
-    nothing = completions(policy, None, numbers if rank == 0 else [])
-    parts: list[Any] = [None] * world
-    dist.all_gather_object(parts, mine)
+    found = {}
+    for unshard, key in (("never", "all"), ("always", "gathered"), ("auto", "again")):
+        policy.unshard_for_rollout = unshard
+        parts: list[Any] = [None] * world
+        dist.all_gather_object(parts, completions(policy, None, numbers, max_sequences=6))
+        found[key] = {
+            kind: {k: v for part in parts for k, v in part[kind].items()} for kind in SAMPLINGS
+        }
+        found[f"{key}, one rank idle"] = completions(policy, None, numbers if rank == 0 else [])
+        if unshard != "never":  # fully_shard itself leaves a root whole after its forward
+            assert all(hasattr(parameter, "full_tensor") for parameter in policy.parameters())
+    with policy.gathered() as is_whole:
+        assert is_whole and not any(hasattr(p, "full_tensor") for p in policy.parameters())
+    loss = policy(torch.tensor([PROMPTS[0]])).logits.square().mean()  # trains as if never gathered
+    loss.backward()
+    gradients = [p.grad.full_tensor().norm().item() for p in policy.parameters()]
     if rank == 0:
-        merged = {kind: {k: v for part in parts for k, v in part[kind].items()} for kind in mine}
-        Path(sys.argv[2]).write_text(json.dumps({"all": merged, "one rank idle": nothing}))
+        Path(sys.argv[2]).write_text(json.dumps(found | {"gradients": gradients}))
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()
