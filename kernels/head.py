@@ -114,13 +114,14 @@ class FusedLMHead(nn.Linear):
         self._check_place()
         for name in ("backend", "workspace_mb", "vocab_limit"):
             keywords.setdefault(name, getattr(self, name))
+        given = (hidden, self.weight, targets)
         if mode == "logprob":
-            return linear_logprob_entropy(
-                hidden, self.weight, targets, bias=self.bias, region=region, **keywords
-            )
+            found = linear_logprob_entropy(*given, bias=self.bias, region=region, **keywords)
+            return LogprobEntropy(*map(_own, found))
         if region is not None:
             raise ValueError("mode='ce' has no region: use mode='logprob'")
-        return linear_cross_entropy(hidden, self.weight, targets, bias=self.bias, **keywords)
+        loss = linear_cross_entropy(*given, bias=self.bias, **keywords)
+        return _own(loss) if isinstance(loss, Tensor) else (_own(loss[0]), loss[1])
 
     def _check_place(self) -> None:
         """Refuse an adapter that came later: its own forward would add logits to our result."""
@@ -228,6 +229,12 @@ def fuse_lm_head(
     if _is_lora(head) and not isinstance(head, _FusedLora):
         head.__class__ = _fused_class(_FusedLora, type(head))
     return model
+
+
+def _own(value: Any) -> Any:
+    """No view: an in-place operation on one would drop the backward hook of ``fully_shard``."""
+    is_plain = value is None or torch.compiler.is_compiling() or not value._is_view()
+    return value if is_plain else value.clone()
 
 
 def _check_mode(mode: str) -> None:

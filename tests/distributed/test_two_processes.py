@@ -120,6 +120,40 @@ def test_one_step_equals_one_process(
     assert any(tag.startswith("test/") for tag in train.run(make_config(*test)))
 
 
+#: Ways to shard, and how far their one step may be from one process without them.
+SHARDED = {
+    "adapters, activations recomputed": (
+        ["lora=default", "lora.r=4", "trainer.strategy.activation_checkpointing=true"], 1e-5,
+    ),
+    "bfloat16": (["trainer.strategy.param_dtype=bfloat16"], 0.02),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recorded", ["grpo"], indirect=True)
+@pytest.mark.parametrize("way", SHARDED)
+def test_options_of_sharding(
+    way: str,
+    recorded: tuple[list[str], Path],
+    make_config: Make,
+    tmp_path: Path,
+    warm_cache: Path,
+) -> None:
+    options, tolerance = SHARDED[way]
+    both = [*replay(recorded), *TWO["fsdp"], *options, "name=m", "run_id=two"]
+    result = call(*command(*both, output_dir=tmp_path, cache_dir=warm_cache))
+    assert result.returncode == 0, result.stderr
+    shared = [option for option in options if "strategy" not in option]
+    alone = train.run(make_config(*replay(recorded), *shared, "name=m", "run_id=one"))
+    one, two = tmp_path / "m" / "one", tmp_path / "m" / "two"
+    metrics = json.loads((two / "metrics.json").read_text())
+    assert metrics["train/loss"] == pytest.approx(alone["train/loss"], abs=tolerance)
+    assert metrics["train/grad_norm"] == pytest.approx(alone["train/grad_norm"], rel=5 * tolerance)
+    assert_same_weights(weights(last_of(one)), weights(last_of(two)), atol=tolerance)
+    exports = [load_file(run / "export" / "model.safetensors") for run in (one, two)]
+    assert {value.dtype for value in exports[1].values()} == {torch.float32}
+    assert_same_weights(*exports, atol=tolerance)
+
+
 def recorded_backbone(recorded: tuple[list[str], Path]) -> Path:
     """Weights that the recorded run started from."""
     saved = torch.load(last_of(recorded[1].parent), weights_only=True)
