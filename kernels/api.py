@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import logits_ops, ops
-from .checks import check_inputs, check_region, own_limit
+from .checks import check_inputs, check_logits, check_region, own_limit
 from .dispatch import choose_backend, workspace_bytes
 from .fields import FIELDS
 from .reference import plain_head, plain_logits
@@ -184,9 +184,9 @@ def linear_cross_entropy(
     elif reduction == "sum":
         loss = losses.sum()
     else:
-        total: Any = weights.sum() if normalizer is None else normalizer
-        is_empty = torch.as_tensor(total == 0, device=losses.device)
-        loss = losses.sum() / torch.where(is_empty, 1.0, total)
+        given: Any = weights.sum() if normalizer is None else normalizer
+        total = torch.as_tensor(given, dtype=losses.dtype, device=losses.device)
+        loss = losses.sum() / torch.where(total == 0, 1.0, total)
     if not return_stats:
         return loss
     hit = (found["argmax"] == targets.reshape(-1)) & kept
@@ -222,16 +222,11 @@ def logprob_entropy_from_logits(
         Fields shaped like ``targets``.
 
     Raises:
-        ValueError: Shapes that do not fit or a region out of range.
+        TypeError: Unsupported dtypes.
+        ValueError: Shapes that do not fit, or a region or temperature out of range.
         IndexError: A target is outside the vocabulary.
     """
-    if logits.shape[:-1] != targets.shape:
-        raise ValueError(
-            f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not fit: targets "
-            f"need the shape {tuple(logits.shape[:-1])}"
-        )
-    if not temperature > 0.0:
-        raise ValueError(f"temperature={temperature}: give a value above 0")
+    check_logits(logits, targets, temperature)
     check_region(region, logits.shape[-1])
     flat, ids = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     options = (temperature, ignore_index, pack_region(region), with_entropy and entropy_grad)
@@ -240,9 +235,9 @@ def logprob_entropy_from_logits(
     else:
         outputs = logits_ops.logits_head(flat, ids, *options)
     found = dict(zip(FIELDS, outputs, strict=True))
-    found["region_mass"] = (found["region_log_sum"] - found["log_sum"]).exp()
     if region is not None:
-        found["region_mass"] = torch.where(ids != ignore_index, found["region_mass"], 0.0)
+        mass = (found["region_log_sum"] - found["log_sum"]).exp()
+        found["region_mass"] = torch.where(ids != ignore_index, mass, 0.0)
     return _logprob_entropy(found, targets, region, with_entropy, entropy_grad)
 
 

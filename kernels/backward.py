@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .problem import Coefficients, Problem, RowStats
 from .regions import TopK, TopP
-from .torch_backend import matmul_into
+from .torch_backend import block_rows, matmul_into
 
 Fill = Callable[[Problem, RowStats, Coefficients, int, int, int, int, Tensor], None]
 
@@ -114,7 +114,7 @@ def slices(problem: Problem, element_size: int) -> tuple[int, int]:
     width = min(max(budget // max(1, problem.num_rows), least), most, problem.vocab_limit)
     if width < problem.vocab_limit:
         width = max(128, width // 128 * 128)
-    return width, max(1, min(problem.num_rows, budget // width))
+    return width, block_rows(problem, width, budget // width)
 
 
 def backward(
@@ -190,8 +190,8 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
 class _Sums:
     """Gradients of the rows ``v0:v1`` of the weight, the bias and the side weight.
 
-    One block holds all tokens: straight into the output. Several: a float32 sum of the slice's
-    own size, so that nothing is added up in a low precision.
+    One block holds all tokens: straight into the output. Several: a sum in the accumulators' dtype,
+    in the output itself where it has that, so that nothing is added up in a low precision.
     """
 
     def __init__(
@@ -205,7 +205,10 @@ class _Sums:
         for output, source in outputs:
             if output is not None and source is not None:
                 own = output[v0:v1]
-                total = own if is_whole else torch.zeros_like(own, dtype=problem.dtype)
+                is_exact = is_whole or own.dtype == problem.dtype
+                total = own if is_exact else torch.empty_like(own, dtype=problem.dtype)
+                if not is_whole:
+                    total.zero_()
                 self.pairs.append((own, total, source))
         self.bias = None if found.bias is None else found.bias[v0:v1]
         self.bias_total = (
@@ -227,8 +230,8 @@ class _Sums:
             self.bias_total += block.sum(0, dtype=self.bias_total.dtype)
 
     def store(self) -> None:
-        if not self.is_whole:
-            for own, total, _ in self.pairs:
+        for own, total, _ in self.pairs:
+            if total is not own:
                 own.copy_(total)
         if self.bias is not None and self.bias_total is not None:
             self.bias.copy_(self.bias_total)

@@ -64,8 +64,6 @@ def check_inputs(
         problems.append(f"temperature={temperature}: give a value above 0")
     if problems:
         raise ValueError("; ".join(problems))
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets are {targets.dtype}: give int64 token ids (targets.long())")
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -76,10 +74,7 @@ def check_inputs(
             f"hidden is {hidden.dtype} but weight is {weight.dtype}: cast one of them "
             f"(hidden.to(weight.dtype)) or run under torch.autocast"
         )
-    if hidden.dtype not in FLOATS:
-        raise TypeError(
-            f"{hidden.dtype} is not supported: use one of {', '.join(map(str, FLOATS))}"
-        )
+    _check_dtypes(hidden, targets)
     if side is not None and {side[0].dtype, side[1].dtype} != {hidden.dtype}:
         raise TypeError(
             f"side is {side[0].dtype} and {side[1].dtype} but hidden is {hidden.dtype}: cast both "
@@ -118,25 +113,53 @@ def _shape_problems(
     return problems
 
 
-def own_limit(vocab_limit: int | None, num_rows: int, vocab_start: int = 0) -> int:
+def own_limit(vocab_limit: int | None, num_rows: int, vocab_start: int | None = None) -> int:
     """Columns of the weight's rows that exist.
 
     Args:
         vocab_limit: Columns of the whole vocabulary that exist, or None for all.
         num_rows: Rows of the weight.
-        vocab_start: Token of the first row.
+        vocab_start: Token of this rank's first row, or None where the weight holds all rows.
 
     Raises:
         ValueError: None exists, or more than there are.
     """
     if vocab_limit is None:
         return num_rows
+    if vocab_start is None:
+        if not 1 <= vocab_limit <= num_rows:
+            raise ValueError(f"vocab_limit={vocab_limit}: give 1 to {num_rows}")
+        return vocab_limit
     own = vocab_limit - vocab_start
-    if vocab_start == 0 and vocab_limit < 1:
-        raise ValueError(f"vocab_limit={vocab_limit}: give 1 or more")
     if own < 1:
         raise ValueError(
             f"vocab_limit={vocab_limit} leaves nothing of the rows from vocab_start={vocab_start} "
             f"on: give every rank at least one token"
         )
     return min(own, num_rows)
+
+
+def check_logits(logits: Tensor, targets: Tensor, temperature: float) -> None:
+    """Refuse logits and targets that cannot be right.
+
+    Raises:
+        TypeError: Unsupported dtypes.
+        ValueError: Shapes that do not fit, or a temperature out of range.
+    """
+    if logits.ndim < 1 or logits.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not fit: give "
+            f"(..., V) and targets of the shape {tuple(logits.shape[:-1])}"
+        )
+    if not temperature > 0.0:
+        raise ValueError(f"temperature={temperature}: give a value above 0")
+    _check_dtypes(logits, targets)
+
+
+def _check_dtypes(values: Tensor, targets: Tensor) -> None:
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets are {targets.dtype}: give int64 token ids (targets.long())")
+    if values.dtype not in FLOATS:
+        raise TypeError(
+            f"{values.dtype} is not supported: use one of {', '.join(map(str, FLOATS))}"
+        )

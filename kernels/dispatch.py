@@ -27,9 +27,13 @@ def workspace_bytes(workspace_mb: int | None, hidden: Tensor) -> int:
     Raises:
         ValueError: Less than 1 MiB.
     """
+    default, variable = 512 if hidden.is_cuda else 64, os.environ.get("FUSED_WORKSPACE_MB")
+    if workspace_mb is None and variable is not None:
+        if not variable.isdecimal() or int(variable) < 1:
+            raise ValueError(f"FUSED_WORKSPACE_MB={variable!r}: give a whole number, 1 or more")
+        return int(variable) * 2**20
     if workspace_mb is None:
-        default = 512 if hidden.is_cuda else 64
-        workspace_mb = int(os.environ.get("FUSED_WORKSPACE_MB", default))
+        workspace_mb = default
     if workspace_mb < 1:
         raise ValueError(f"workspace_mb={workspace_mb}: give 1 or more (MiB)")
     return workspace_mb * 2**20

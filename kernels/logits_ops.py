@@ -40,19 +40,19 @@ def logits_head(
     """Row quantities of ``FIELDS`` from ``logits (N, V)``, a block of rows at a time."""
     problem = _logits_problem(logits, targets, temperature, region)
     rows = kept_rows(targets, ignore_index)
-    part = problem if rows is None else problem.rows(rows)
-    check_targets(part.targets, logits.shape[1], logits.shape[1])
-    step = _logits_rows(part)
+    own = targets if rows is None else targets[rows]
+    check_targets(own, logits.shape[1], logits.shape[1])
+    step = _logits_rows(problem)
     parts = []
-    for start in range(0, part.num_rows, step):
-        chunk = part.hidden[start : start + step].to(part.dtype, copy=True)
+    for start in range(0, len(own), step):
+        some = slice(start, start + step)  # rows are gathered a block at a time
+        chunk = logits[some if rows is None else rows[some]].to(problem.dtype, copy=True)
         if temperature != 1.0:
             chunk.mul_(1.0 / temperature)
-        own = part.targets[start : start + step]
-        parts.append(torch_backend.chunk_stats(part, own, chunk))
-    stats = torch_backend.join(parts, part)
-    blank = empty_outputs(targets, part.dtype, region, False, False)
-    return spread(outputs_of(part, stats), rows, blank)
+        parts.append(torch_backend.chunk_stats(problem, own[some], chunk))
+    stats = torch_backend.join(parts, problem)
+    blank = empty_outputs(targets, problem.dtype, region, False, False)
+    return spread(outputs_of(problem, stats), rows, blank)
 
 
 def _logits_problem(logits: Tensor, targets: Tensor, temperature: float, region: str) -> Problem:
@@ -164,9 +164,10 @@ class LogitsHeadInPlace(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         """Fill the logits with their gradient; a second backward raises."""
+        if torch.is_grad_enabled():  # once_differentiable lets a constant upstream gradient pass
+            raise RuntimeError("inplace_backward=True has no second derivative: no create_graph")
         targets, *outputs = ctx.saved_tensors
         logits, ctx.logits = ctx.logits, None
         if logits is None:

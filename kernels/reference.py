@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .regions import Region, TopK, TopP
+from .regions import Region, TopK
 
 
 class Plain(NamedTuple):
@@ -37,9 +37,8 @@ def plain_logits(
 ) -> Tensor:
     """Logits ``(N, V')`` in the inputs' dtype, as an ordinary head gives them."""
     weight = weight[:vocab_limit]
-    logits = torch.nn.functional.linear(
-        hidden, weight, None if bias is None else bias[:vocab_limit]
-    )
+    own = None if bias is None else bias[:vocab_limit].to(weight.dtype)
+    logits = torch.nn.functional.linear(hidden, weight, own)
     if side is not None:
         logits = logits + side[0] @ side[1][:vocab_limit].T
     return logits
@@ -80,8 +79,9 @@ def plain_head(
 
 
 def _entropy(logprobs: Tensor) -> Tensor:
-    # 0 * -inf of an excluded token is no information, not NaN
-    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+    # an excluded token (-inf) adds nothing, to the value and to the gradient
+    p = logprobs.exp()
+    return -(p * torch.where(p > 0, logprobs, 0.0)).sum(-1)
 
 
 def select(z: Tensor, region: Region) -> Tensor:
@@ -106,13 +106,11 @@ def select(z: Tensor, region: Region) -> Tensor:
 def _region_entropy(z: Tensor, lse: Tensor, inside: Tensor, region: Region) -> Tensor:
     size = inside.sum(-1)
     if isinstance(region, TopK) and region.k == 1:
-        return lse - z.amax(-1)
+        return lse - z.gather(-1, z.argmax(-1, keepdim=True))[:, 0]  # one token, also among equals
     if region.preserve_mass:
         z = _Projected.apply(z, torch.where(inside, z, -torch.inf).softmax(-1))
     log_q = torch.where(inside, z, -torch.inf).log_softmax(-1)
     own = _entropy(log_q)
-    if isinstance(region, TopP):
-        own = torch.where(size > 1, own, 0.0)
     if region.scale == "none":
         return own
     scale = math.log(z.shape[-1]) / size.double().log()

@@ -14,8 +14,12 @@ from torch import Tensor
 from .problem import Coefficients, Problem, RegionStats, RowStats
 from .regions import TopK, TopP
 
-#: Bytes of a block for elementwise work on a CPU.
-CACHE = 2**20
+#: Bytes that each thread of a CPU takes at once in elementwise work: they stay in its cache.
+CACHE = 2**18
+#: Bytes of logits for each thread of a CPU, where no fewer than ``LEAST_ROWS`` rows fit.
+BLOCK = 2**20
+#: Fewer rows make a matrix product slow.
+LEAST_ROWS = 512
 #: Rows of a nucleus are first looked for among so many largest logits, then by a full sort.
 NUCLEUS_TRY = 512
 #: The smallest relative logit that is told apart from "impossible"; its probability is 0.
@@ -27,7 +31,7 @@ def matmul_into(left: Tensor, right: Tensor, out: Tensor) -> None:
     if left.dtype == out.dtype:
         torch.mm(left, right, out=out)
     elif left.is_cuda:
-        out.copy_(torch.mm(left, right, out_dtype=out.dtype))
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
     else:
         torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
 
@@ -64,7 +68,23 @@ def cache_rows(width: int, block: Tensor) -> int:
     """Rows of ``block`` that elementwise work takes at once."""
     if block.is_cuda:
         return max(1, block.shape[0])
-    return max(1, CACHE // (width * block.element_size()))
+    threads = torch.get_num_threads()
+    return max(threads, CACHE * threads // (width * block.element_size()))
+
+
+def block_rows(problem: Problem, width: int, bound: int) -> int:
+    """Rows of a block of logits: all that ``bound`` allows, or on a CPU what its caches hold.
+
+    Args:
+        problem: The inputs.
+        width: Columns of the block.
+        bound: Most rows that the workspace allows.
+    """
+    rows = max(1, min(problem.num_rows, bound))
+    if problem.hidden.is_cuda or problem.hidden.dtype != problem.dtype:
+        return rows  # types that are converted for every block want few blocks
+    cached = BLOCK * torch.get_num_threads() // (width * problem.hidden.element_size())
+    return min(rows, max(LEAST_ROWS, cached))
 
 
 def forward(problem: Problem) -> RowStats:
@@ -73,10 +93,16 @@ def forward(problem: Problem) -> RowStats:
     size = torch.finfo(problem.dtype).bits // 8
     # sorting and comparing take a few copies
     copies = 4 if isinstance(problem.region, TopP) else 2 if problem.region else 1
-    rows = min(problem.num_rows, max(1, problem.workspace // (size * width * copies)))
+    bound = problem.workspace // (size * width * copies)
+    is_narrow = bound < min(LEAST_ROWS, problem.num_rows) and not problem.hidden.is_cuda
+    if is_narrow and width > 1024 and not isinstance(problem.region, TopP):
+        from . import torch_stream  # imports this module
+
+        return torch_stream.forward(problem)
+    rows = block_rows(problem, width, bound)
     logits = torch.empty((rows, width), dtype=problem.dtype, device=device)
     parts = []
-    for start in range(0, problem.num_rows, max(1, rows)):
+    for start in range(0, problem.num_rows, rows):
         stop = min(start + rows, problem.num_rows)
         chunk = logits[: stop - start]
         logits_block(problem, start, stop, 0, width, chunk)
@@ -265,10 +291,9 @@ def _threshold(region: TopP, relative: Tensor, ordered: Tensor, size: Tensor) ->
     first = rank == (count.sum(1, keepdim=True)).long()  # stands for all equal to theta
     count = torch.where(first, needed[:, None].to(ordered.dtype), count)
     inside, entropy, tilt = _inside(ordered, count)
-    is_single = size == 1
     return RegionStats(
         log_sum=inside,
-        entropy=torch.where(is_single, 0.0, entropy),
+        entropy=entropy,  # of one token exactly 0; of a NaN row NaN
         size=size.int(),
         tilt=tilt if region.preserve_mass else torch.zeros_like(tilt),
         ids=size.new_empty((len(size), 0)),
@@ -348,7 +373,7 @@ def _fill_block(
         block.clamp_(min=FLOOR)
         factor = column(coefficients.flat)
         if coefficients.tilted is not None:
-            factor = torch.addcmul(factor, column(coefficients.tilted), block)
+            factor = block.mul(column(coefficients.tilted)).add_(factor)
         if inside is not None:
             assert coefficients.region_flat is not None and coefficients.region_tilted is not None
             extra = torch.addcmul(

@@ -20,8 +20,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each rank wrote."""
     folder = tmp_path_factory.mktemp("shards")
     worker = str(REPO / "tests" / "kernels" / "shards_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
-               "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", worker, str(folder)]  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    endpoint = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    command = [*launcher, *endpoint, worker, str(folder)]
     result = call(*command, env=environment(PYTHONPATH=str(REPO)))
     assert result.returncode == 0, result.stderr
     return [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in (0, 1)]
