@@ -84,6 +84,8 @@ class Contender:
             function(*arguments)
         except providers_of.Unavailable as error:
             self.status = f"skipped: {error}"
+        except NotImplementedError as error:  # releases differ in what they know
+            self.status = f"skipped: {providers_of.first_line(error)}"
         except Exception as error:  # of whichever package
             is_memory = measure.is_out_of_memory(error)
             failure = f"failed: {providers_of.first_line(error)}"

@@ -20,7 +20,7 @@ from .api import linear_logprob_entropy
 from .bench_inputs import Inputs
 from .regions import Region, TopK, TopP
 
-#: Columns that TRL's function takes at once, its default.
+#: Columns that TRL's function takes at once where it does not say.
 TRL_CHUNK = 8192
 
 
@@ -225,12 +225,16 @@ def _verl() -> Run:
 
 
 def _trl() -> Run:
-    name = "_ChunkedLogProbFunction"
+    module, name = "trl.trainer.utils", "_ChunkedLogProbFunction"
     try:
-        function = find("trl.trainer.utils", name)
+        function = find(module, name)
     except Unavailable:
-        function = find("trl.experimental.async_grpo.chunk_lm_head", name)
-    call = apply_by_name(function, temperature=1.0, chunk_size=TRL_CHUNK, logit_scale=1.0)
+        module = "trl.experimental.async_grpo.chunk_lm_head"
+        function = find(module, name)
+    chunk = getattr(importlib.import_module(module), "_CHUNKED_LOGPROB_CHUNK_SIZE", TRL_CHUNK)
+    call = apply_by_name(
+        function, temperature=1.0, chunk_size=chunk, logit_scale=1.0, outputs=("entropy",)
+    )
 
     def run(inputs: Inputs) -> Outputs:
         hidden = inputs.hidden
@@ -290,11 +294,11 @@ PROVIDERS = (
         is_sum=True,
         needs_cuda=True,
     ),
-    Provider("liger_scaled", _BOTH, _liger_scaled, needs_cuda=True, has_entropy_gradient=True),
+    Provider("liger_scaled", _BOTH, _liger_scaled, has_entropy_gradient=True),
     Provider("cce", "log-prob, small gradients skipped", lambda: _cce("cce"), needs_cuda=True),
     Provider("cce_exact", "log-prob", lambda: _cce("cce_exact"), needs_cuda=True),
     Provider("verl", _BOTH, _verl, needs_cuda=True, has_entropy_gradient=True),
-    Provider("trl", "log-prob, entropy without gradient", _trl),
+    Provider("trl", _BOTH, _trl, has_entropy_gradient=True),  # old releases drop that gradient
     _our_provider("ours", _BOTH),
     _our_provider("ours_nll", "log-prob", with_entropy=False),
     _our_provider("ours_topk", f"{_BOTH}, TRE-K 2", region=TopK(2)),

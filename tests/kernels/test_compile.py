@@ -38,19 +38,20 @@ OPTIONS = [
     {"region": TopP(0.8), "dtype": torch.bfloat16},
     {"dtype": torch.float64},
 ]
+#: Options and ignored rows: none, some, and all with every kind of input there is.
+CASES = [*((options, rows) for options in OPTIONS for rows in ([], [0, 4])), (OPTIONS[3], range(6))]
 
 
 def dynamic_case(options, ignored):
     case = make_case(6, 17, 8, **options).fresh()
-    case.targets[ignored] = -100
+    case.targets[list(ignored)] = -100
     return case
 
 
 NEEDS = ([True] * 5, [True, False, True, False, True], [False, True, False, False, False])
 
 
-@pytest.mark.parametrize("ignored", [[], [0, 4], list(range(6))], ids=["none", "some", "all"])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("options", "ignored"), CASES)
 def test_opcheck_of_the_head(options, ignored):
     case = dynamic_case(options, ignored)
     arguments = op_arguments(
@@ -59,8 +60,7 @@ def test_opcheck_of_the_head(options, ignored):
     torch.library.opcheck(torch.ops.litpost.linear_head.default, arguments)
 
 
-@pytest.mark.parametrize("ignored", [[], [0, 4], list(range(6))], ids=["none", "some", "all"])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("options", "ignored"), CASES)
 def test_opcheck_of_its_backward(options, ignored):
     """Gradients have the layout of their inputs, so transposed ones are tried too."""
     case = dynamic_case(options, ignored)
@@ -80,12 +80,16 @@ def test_opcheck_of_its_backward(options, ignored):
 
 
 @pytest.mark.parametrize(
-    ("ignored", "dtype"),
-    [([], torch.bfloat16), ([0, 4], torch.float32), (list(range(6)), torch.float64)],
-    ids=["none", "some", "all"],
+    ("ignored", "dtype", "region"),
+    [
+        ([], torch.bfloat16, TopK(3)),
+        ([], torch.float64, None),
+        ([0, 4], torch.float32, TopP(0.8)),
+        ([0, 4], torch.bfloat16, None),
+        (list(range(6)), torch.float32, TopK(3)),
+    ],
 )
-@pytest.mark.parametrize("region", [None, TopK(3), TopP(0.8)])
-def test_opcheck_of_existing_logits(ignored, region, dtype):
+def test_opcheck_of_existing_logits(ignored, dtype, region):
     logits = torch.randn(6, 17).to(dtype).requires_grad_()
     targets = torch.arange(6)
     targets[ignored] = -100
