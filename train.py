@@ -21,6 +21,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from callbacks.preemption import Preempted, is_launched_child, watch
 from callbacks.progress import RunProgressBar
 from callbacks.throughput import peak_gib
 from lightning_modules.backbones.prepare import prepare_tiny
@@ -30,7 +31,7 @@ from run_tools.folder import RunFolder, changed_keys
 from run_tools.hparams import log_hyperparameters
 from run_tools.messages import explain
 from run_tools.table import print_table
-from run_tools.terminal import footer_lines, leave_group, quiet
+from run_tools.terminal import footer_lines, leave_group, leave_now, quiet
 
 #: Keys of the group ``backbone`` that only the warm start reads.
 TINY_KEYS = ("tiny", "warm_start")
@@ -64,6 +65,8 @@ def run(config: DictConfig) -> dict[str, Any]:
         config.run_dir = str(path if is_fit else path / config.mode)
         config.predictions = config.predictions or f"{config.run_dir}/predictions.jsonl"
     check_config(plain(config))
+    if config.mode == "plan":
+        return run_plan(config)
     is_writer = getattr(rank_zero_only, "rank", 0) == 0
     folder = RunFolder.open(
         config.run_dir,
@@ -78,14 +81,13 @@ def run(config: DictConfig) -> dict[str, Any]:
         return folder.metrics
     start = time.perf_counter()
     before = folder.path / "config.yaml"
-    if folder.checkpoint is not None and before.is_file():
-        then = OmegaConf.load(before)
-        changed = changed_keys(plain(then), plain(config))
+    if is_writer and folder.checkpoint is not None and before.is_file():
+        changed = changed_keys(read_config(before), plain(config))
         changed = [c for c in changed if not c.startswith(("resume ", "overwrite ", "compare "))]
         if changed:
             rank_zero_warn(f"resume=auto goes on with changed keys: {', '.join(changed)}")
     if is_writer:
-        OmegaConf.save(config, before, resolve=True)
+        folder.write_text("config.yaml", OmegaConf.to_yaml(config, resolve=True))
     own = folder.read_json("own.json") if is_fit else None  # killed while an arm was trained
     try:
         metrics = own or run_one(config, folder)
@@ -116,8 +118,37 @@ def run(config: DictConfig) -> dict[str, Any]:
     return metrics
 
 
+def run_plan(config: DictConfig) -> dict[str, Any]:
+    """Print what the run would take, and start nothing."""
+    from run_tools.plan import backbone_to_plan, plan, write
+    from run_tools.plan_table import print_plan
+
+    data = instantiate(config.data, _convert_="all")
+    with backbone_to_plan(plain(config.backbone), data.task, config.seed) as backbone:
+        found = plan(build_module(config, backbone), data, plain(config))
+    print_plan(config.name, found, plain(config))
+    if config.plan.output:
+        write(found, config.plan.output)
+    return found.flat()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config of an earlier start as plain values; nothing in it is instantiated.
+
+    Raises:
+        ValueError: It is no plain YAML mapping.
+    """
+    try:
+        return dict(plain(OmegaConf.load(path)))
+    except Exception as error:
+        first = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a config of ours ({first}); remove the file") from error
+
+
 def load(run_dir: str | Path) -> Any:
     """The trained module of a finished run, ready for ``module.judge(pairs)`` and the like.
+
+    Its ``config.yaml`` names the classes to build: load only folders that you trust.
 
     Args:
         run_dir: Folder with ``config.yaml`` and ``export/``.
@@ -163,6 +194,7 @@ def run_one(config: DictConfig, folder: RunFolder) -> dict[str, Any]:
         load_checkpoint(checkpoint)  # refused, if it is, before anything is prepared
     data = instantiate(config.data, _convert_="all")
     backbone = prepare_backbone(config, data)
+    data.trust_remote_code = backbone["trust_remote_code"]
     with naming_the_data(checkpoint or backbone["path"]):
         data.prepare(
             backbone["path"],
@@ -282,7 +314,9 @@ _FAULTS: list[Exception] = []  # of a single run, so that Hydra prints nothing a
 def _hydra_main(config: DictConfig) -> None:
     quiet()
     try:
-        run(config)
+        preemption = plain(config.callbacks.get("preemption") or {"signals": []})
+        with watch(**preemption):
+            run(config)
     except Exception as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
@@ -297,11 +331,18 @@ def main() -> None:
         _hydra_main()
         if _FAULTS:
             raise _FAULTS[0]
+    except Preempted as end:
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            print(end.message, file=sys.stderr)
+        leave_group(int(end.code or 0), wait=1.0 if is_launched_child() else 0.0)
+        raise
     except Exception as error:
         message = explain(error, CONF)
         if message is None or any(word.startswith("debug=") for word in sys.argv):
             raise
         print(f"error: {message}", file=sys.stderr)
+        if torch.distributed.is_initialized():
+            leave_now(1)
         sys.exit(1)
     leave_group()
 

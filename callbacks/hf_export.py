@@ -18,7 +18,19 @@ class HFExport(Callback):
         self.folder = folder
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export on every rank (sharded weights are gathered); rank 0 writes."""
+        """Export on every rank (sharded weights are gathered); rank 0 writes.
+
+        Raises:
+            OSError: The disk is full, for example.
+        """
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         module: Any = pl_module
-        module.export(self.folder, data.task.tokenizer)
+        try:
+            module.export(self.folder, data.task.tokenizer)
+        except Exception as error:  # safetensors has an error of its own
+            if not isinstance(error, OSError) and "os error" not in str(error):
+                raise
+            raise OSError(
+                f"cannot write {self.folder} ({error}); the last checkpoint is intact: free space "
+                f"and go on with resume=auto"
+            ) from error

@@ -14,7 +14,8 @@ from lightning.pytorch import Callback
 class RngState(Callback):
     """Saves and restores the states of Python, NumPy and torch, for every rank.
 
-    A run resumed on another number of ranks keeps the states that it finds for its own rank.
+    A run resumed on another number of ranks keeps the states that it finds for its own rank;
+    further ranks start from the seed. Sampling does not depend on them, dropout does.
     """
 
     def state_dict(self) -> dict[str, Any]:

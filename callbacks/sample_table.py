@@ -47,8 +47,11 @@ class SampleTable(Callback):
         """Continue behind the checkpoint."""
         self._bytes, self._seen = int(state_dict["bytes"]), int(state_dict["seen"])
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Cut what was written after the checkpoint that is resumed (all of it, if none is)."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Cut what was written after the checkpoint that is resumed (all of it, if none is).
+
+        Not at the start of the fit: FSDP2 restores callbacks after that.
+        """
         if trainer.is_global_zero and self.path.exists():
             with open(self.path, "r+b") as handle:
                 handle.truncate(self._bytes)
@@ -80,11 +83,18 @@ class SampleTable(Callback):
                         board.add_histogram(f"rollout/{name}", values, step)
 
     def _append(self, records: Sequence[dict[str, Any]]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab") as handle:
-            for record in records:
-                handle.write((json.dumps(record) + "\n").encode())
-            self._bytes = handle.tell()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as handle:
+                for record in records:
+                    handle.write((json.dumps(record) + "\n").encode())
+                handle.flush()
+                self._bytes = handle.tell()
+        except OSError as error:
+            raise OSError(
+                f"cannot write {self.path} ({error.strerror or error}); the last checkpoint is "
+                f"intact: free space and go on with resume=auto"
+            ) from error
 
 
 def _records(rollouts: Any, step: int) -> list[dict[str, Any]]:

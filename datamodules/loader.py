@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 class Source(ABC):
@@ -76,9 +77,28 @@ class Loader:
         return {"epoch": self.epoch, "index": self.index, "source": self.source.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken."""
+        """Go on where ``state`` was taken.
+
+        Raises:
+            ValueError: The window has changed, and the position is inside one.
+        """
         self.epoch, self.index = int(state["epoch"]), int(state["index"])
+        if self.index % self.source.window:
+            raise ValueError(
+                f"the checkpoint stands at micro-batch {self.index} of its epoch, inside a window "
+                f"of {self.source.window}: give data.micro_batches and data.shares as then, or a "
+                f"divisor"
+            )
         self.source.load_state_dict(state["source"])
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """``value`` of every rank, in the order of ranks; just ``[value]`` in one process."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def check_window(trainer: Any, loader: Loader) -> None:

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from datamodules.engines.base import Engine
 from datamodules.experience import Experience, Prompt, Rollouts
-from datamodules.loader import Loader, RowSource, Source, check_window
+from datamodules.loader import Loader, RowSource, Source, check_window, gather_objects
 from datamodules.rewards import RewardFunction, VerifierReward
 from datamodules.tasks.base import Task
 
@@ -89,6 +89,8 @@ class RolloutDataModule(LightningDataModule):
         self.window = sum(self.shares.values()) if self.shares else micro_batches
         self.eval_batch_size, self.path, self.seed = eval_batch_size, path, seed
         self.keep_rollouts = keep_rollouts
+        #: Whether a tokenizer may bring code of its own; ``train.py`` sets it for the whole run.
+        self.trust_remote_code = False
         self.last_rollouts: Rollouts | None = None
         self.seconds: dict[str, float] = {}
         self._pools: dict[str, list[Prompt]] | None = None
@@ -109,7 +111,8 @@ class RolloutDataModule(LightningDataModule):
             task_settings: Plain values that identify the task.
             for_training: False binds the tokenizer only.
         """
-        self.bind(AutoTokenizer.from_pretrained(backbone))
+        trust = self.trust_remote_code
+        self.bind(AutoTokenizer.from_pretrained(backbone, trust_remote_code=trust))
 
     def bind(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Give the task its tokenizer.
@@ -229,6 +232,7 @@ class RolloutDataModule(LightningDataModule):
             for name, value in module.annotate(rollouts).items():
                 setattr(rollouts, name, value)
         rollouts.advantages, metrics = module.advantages(rollouts)
+        self.engine.rest()
         clock.lap("annotate")
         module.record(metrics)
         module.record(module.rollout_metrics(rollouts))
@@ -341,14 +345,20 @@ class RolloutSource(Source):
         return self.pending.pop(0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Number of the next rollout and the mini-batches not trained yet."""
+        """Number of the next rollout and the mini-batches not trained yet, of every rank."""
         pending = [piece.state() for piece in self.pending]
-        return {"next_rollout": self.next_rollout, "pending": pending}
+        return {"next_rollout": self.next_rollout, "pending": gather_objects(pending)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the pending mini-batches, then with the next rollout."""
+        """Go on with this rank's pending mini-batches, then with the next rollout.
+
+        Other ranks would cut the open rollout otherwise: on another number of them what is pending
+        is dropped and the next rollout comes at once.
+        """
         self.next_rollout = int(state["next_rollout"])
-        self.pending = [Experience(**piece) for piece in state["pending"]]
+        rank, world = self.data.ranks
+        mine = state["pending"][rank] if len(state["pending"]) == world else []
+        self.pending = [Experience(**piece) for piece in mine]
 
 
 class _Clock:

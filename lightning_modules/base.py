@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from datamodules.loader import gather_objects
 from lightning_modules.backbones.causal_lm import load_causal_lm
 from lightning_modules.backbones.export import backbone_files, export_hf
 from lightning_modules.backbones.sharding import shard
@@ -38,6 +38,11 @@ from lightning_modules.options import (
     LoraOptions,
     OptimizerOptions,
     read_options,
+)
+from lightning_modules.resuming import (
+    named_optimizer_state,
+    numbered_optimizer_state,
+    what_is_lost,
 )
 
 AnyMetrics = Mapping[str, "tuple[Tensor | float, Tensor | float] | Summary"]
@@ -86,7 +91,7 @@ class BaseModule(LightningModule):
         self._window: Metrics = {}
         self._summaries: dict[str, Summary] = {}
         self._logged_step = 0
-        self._last_batch: Any = None
+        self._batches: list[Any] = []  # of the open window
         self._norms: list[Any] = []  # of each role, from on_before_optimizer_step to clipping
         self._files: dict[str, str] | None = None
 
@@ -140,14 +145,16 @@ class BaseModule(LightningModule):
             self._save_bad_batch()
             raise RuntimeError(
                 f"{self.bad_steps} steps had a non-finite gradient (model.max_bad_steps="
-                f"{self.max_bad_steps}); the last batch is in bad_batch.pt of the run folder"
+                f"{self.max_bad_steps}); the last window's batches are in bad_batch.pt of the run "
+                f"folder, a list a rank"
             )
 
     def _save_bad_batch(self) -> None:
-        if self.trainer.is_global_zero and self._last_batch is not None:
-            state = getattr(self._last_batch, "state", None)
-            path = f"{self.trainer.default_root_dir}/bad_batch.pt"
-            torch.save(state() if callable(state) else self._last_batch, path)
+        """The window's micro-batches of every rank: one list a rank, as any of them may be bad."""
+        mine = [_plain(batch) for batch in self._batches]
+        ranks = gather_objects(mine)
+        if self.trainer.is_global_zero and mine:
+            torch.save(ranks, f"{self.trainer.default_root_dir}/bad_batch.pt")
 
     def configure_gradient_clipping(
         self,
@@ -192,8 +199,10 @@ class BaseModule(LightningModule):
         self._logged_step = self.trainer.global_step
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Keep the batch so that it can be saved if its gradient is not finite."""
-        self._last_batch = batch
+        """Keep the window's batches so that they can be saved if its gradient is not finite."""
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._batches = []
+        self._batches.append(batch)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the window if its optimizer step is done."""
@@ -256,10 +265,19 @@ class BaseModule(LightningModule):
         """Leave out what ``backbone.path`` gives back; add what makes the file self-contained."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if self._is_saved(k)}
+        trainer = self.trainer
+        if "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = [
+                named_optimizer_state(state, self, optimizer, trainer.strategy)
+                for state, optimizer in zip(
+                    checkpoint["optimizer_states"], trainer.optimizers, strict=True
+                )
+            ]
         checkpoint["litpost"] = {
             "module": f"{type(self).__module__}.{type(self).__qualname__}",
             "task": self.task_name,
             "architecture": type(self.policy.base).__name__ if self.policy else "",
+            "world_size": self.trainer.world_size,
             "bad_steps": self.bad_steps,
             "results": dict(self.results),
             "files": self._backbone_files(),
@@ -282,6 +300,10 @@ class BaseModule(LightningModule):
         self.bad_steps = int(made.get("bad_steps", 0))
         if self._trainer is not None and self.trainer.training:
             self.results |= made.get("results", {})
+            if lost := what_is_lost(checkpoint, self.trainer.world_size):
+                rank_zero_warn(lost)
+        if states := checkpoint.get("optimizer_states"):
+            checkpoint["optimizer_states"] = [numbered_optimizer_state(state) for state in states]
         if not checkpoint.get("state_dict"):
             return  # under sharding only rank 0 holds the full state
         saved = {k: tuple(v.shape) for k, v in checkpoint["state_dict"].items()}
@@ -300,13 +322,10 @@ class BaseModule(LightningModule):
             )
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """``value`` of every rank, in the order of ranks; just ``[value]`` in one process."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+def _plain(batch: Any) -> Any:
+    """Plain containers of CPU tensors where the batch knows how to become that."""
+    state = getattr(batch.to("cpu") if hasattr(batch, "to") else batch, "state", None)
+    return state() if callable(state) else batch
 
 
 def _by_role(optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:

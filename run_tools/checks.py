@@ -19,13 +19,14 @@ from lightning_modules.options import (
     LoraOptions,
     OptimizerOptions,
 )
+from run_tools.plan_options import PlanOptions
 
 
 @dataclass
 class RunOptions:
     """Top-level keys and their types; meanings are in conf/train.yaml."""
 
-    mode: Literal["fit_test", "fit", "validate", "test", "predict", "report"]
+    mode: Literal["fit_test", "fit", "validate", "test", "predict", "report", "plan"]
     seed: int
     run_id: str
     output_dir: str
@@ -254,5 +255,6 @@ def check_config(values: Mapping[str, Any]) -> None:
     problems += check_options("lora", lora, LoraOptions)
     problems += check_options("optimizer", values["optimizer"], OptimizerOptions)
     problems += check_options("kernel", values["kernel"], KernelOptions)
+    problems += check_options("plan", values.get("plan") or {}, PlanOptions)
     if problems:
         raise ValueError("; ".join(dict.fromkeys(problems)))

@@ -46,8 +46,8 @@ class RunFolder:
             shutil.rmtree(folder.path)
         if resume:
             if folder.metrics_path.is_file():
-                folder.metrics = json.loads(folder.metrics_path.read_text())
-            elif last.is_file():
+                folder.metrics = folder.read_json(folder.metrics_path.name)
+            elif last.exists():  # a folder too: it is refused where it is loaded
                 folder.checkpoint = last
         elif is_writer and folder.path.exists() and any(folder.path.iterdir()):
             state = "a finished" if folder.metrics_path.is_file() else "an unfinished"
@@ -72,15 +72,47 @@ class RunFolder:
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Write a JSON file whole or not at all."""
+        self.write_text(name, json.dumps(values, indent=1, sort_keys=True) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file whole or not at all.
+
+        Raises:
+            OSError: The disk is full, for example; what was there is intact.
+        """
         target = self.path / name
         unfinished = target.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
-        os.replace(unfinished, target)
+        try:
+            with open(unfinished, "w", encoding="utf-8") as handle:
+                handle.write(text)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(unfinished, target)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            raise OSError(
+                f"cannot write {target} ({error.strerror or error}); free space and go on with "
+                f"resume=auto"
+            ) from error
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """A JSON file of this run, None where it is not there."""
+        """A JSON file of this run, None where it is not there.
+
+        Raises:
+            ValueError: It holds something else.
+        """
         path = self.path / name
-        return json.loads(path.read_text()) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            values = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: not JSON ({error}); remove it or give overwrite=true"
+            ) from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: not a JSON object; remove it or give overwrite=true")
+        return values
 
 
 def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
+
+import torch.distributed as dist
 
 from run_tools.checks import nearest
 
 USER_ERRORS = (ValueError, FileExistsError, FileNotFoundError, IsADirectoryError, OSError)
+#: What gloo, NCCL and the store say when another process is gone, or no longer answers.
+LOST = re.compile(
+    r"connection (closed|reset|refused|was closed)|broken pipe|timed out|timeout|pair closure|"
+    r"remote process exited|recv failed|failed to recv|could not receive|unhandled system error",
+    re.IGNORECASE,
+)
 
 
 def explain(error: BaseException, conf: Path) -> str | None:
@@ -18,6 +27,14 @@ def explain(error: BaseException, conf: Path) -> str | None:
         conf: Folder of the config groups.
     """
     kind, text = type(error).__name__, str(error).strip()
+    if lost := _lost_process(error, text):
+        return lost
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        where = error.filename or "a file of the run folder, such as tensorboard/"
+        return (
+            f"cannot write {where} ({error.strerror}); the last checkpoint is intact: free space "
+            f"and go on with resume=auto"
+        )
     if kind == "InstantiationException" and error.__cause__ is not None:
         return explain(error.__cause__, conf) or " ".join(text.split())
     if kind == "InstantiationException":
@@ -42,8 +59,22 @@ def explain(error: BaseException, conf: Path) -> str | None:
     if isinstance(error, USER_ERRORS) or kind in ("MisconfigurationException", "RuntimeError"):
         if kind == "RuntimeError" and "bad_batch.pt" not in text:
             return None
+        if "custom code" in text or "inspect the repository content" in text:
+            text = f"{text} It is not run unless you give backbone.trust_remote_code=true"
         return " ".join(text.split()) if text else None
     return None
+
+
+def _lost_process(error: BaseException, text: str) -> str | None:
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    found = LOST.search(text)
+    if not isinstance(error, RuntimeError) or not found:
+        return None
+    return (
+        f"rank {dist.get_rank()} lost another process of this run ({found.group(0)}): that one's "
+        f"lines say why it ended; the last checkpoint is whole, go on with resume=auto"
+    )
 
 
 def _missing_option(text: str, conf: Path) -> str:

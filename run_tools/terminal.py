@@ -6,17 +6,21 @@ import contextlib
 import logging
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 
 import torch.distributed as dist
+from transformers import dynamic_module_utils
 from transformers.utils import logging as hf_logging
 
 
 def quiet() -> None:
-    """Leave the terminal to our own lines."""
+    """Leave the terminal to our own lines, and never ask there."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     hf_logging.disable_progress_bar()
+    # backbone.trust_remote_code decides; transformers would ask on the terminal
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for text in (
         ".*LeafSpec.*",
@@ -38,18 +42,32 @@ def footer_lines(model: str, output_dir: str, run_dir: str | Path) -> list[str]:
     ]
 
 
-def leave_group() -> None:
-    """End a finished run of several gloo processes, all together.
+def leave_group(status: int = 0, wait: float = 0.0) -> None:
+    """End a run of several processes, all together; does nothing in a run of one.
 
     With FSDP2 on gloo, torch 2.13 sometimes aborts an interpreter that is being taken down
     ("terminate called without an active exception"), which a scheduler takes for a failure. By now
     everything is written, so such a process leaves without taking the interpreter down.
+
+    Args:
+        status: Exit status; other than 0 it is not left to the interpreter on any backend.
+        wait: Seconds behind the others: Lightning kills a launcher whose children end first with a
+            status of their own.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo"):
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    if not status and dist.get_backend() != "gloo":
         return
     with contextlib.suppress(RuntimeError):  # another rank may have left already
         dist.barrier()
-        dist.destroy_process_group()
+        if not status:
+            dist.destroy_process_group()
+    time.sleep(wait)
+    leave_now(status)
+
+
+def leave_now(status: int) -> None:
+    """End this process as it is: a group that lost a rank cannot be taken down."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)

@@ -106,6 +106,7 @@ def test_option(
         "data=preference_file": [f"data.path={pairs}"],
         "engine=scripted": [f"engine.path={script}"],
         "trainer=fsdp": ["trainer.accelerator=cpu"],
+        "trainer=slurm": ["trainer.accelerator=cpu"],
     }
     choice = f"{group}={name}"
     own = needs.get(choice, [])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -19,13 +19,20 @@ from tests.runs import (
     REPO,
     SHORT,
     SMALL,
+    assert_same_run,
     assert_same_weights,
     board,
     call,
     command,
+    end,
     environment,
+    existing,
+    last_of,
     read_jsonl,
     scalars,
+    start,
+    step_of,
+    strike,
     unmeasured,
     weights,
 )
@@ -41,25 +48,19 @@ BASE = [
     "callbacks.sample_table.keep=all",
 ]
 FEW_VOTES = ["model.num_votes=2", "data.build_samples=4"]
+MODELS = sorted(path.stem for path in (REPO / "conf" / "model").glob("[!_]*.yaml"))
+#: Every method, and one whose rollouts last several steps of several micro-batches.
 CASES = {
-    "grpo": ["model=grpo"],
+    **{name: [f"model={name}"] for name in MODELS},
     "grpo-pending": ["model=grpo", "data.passes=2", "data.mini_batches=2", "data.micro_batches=2"],
-    "reflectrm": ["model=reflectrm", *FEW_VOTES],
 }
+#: Moments at which a run is killed, each once, in an order and after a number of steps that a
+#: generator chooses for each case; the final test comes last.
+MOMENTS = ("window", "step", "checkpoint", "rename", "on_validation_batch_end")
 Make = Callable[..., Any]
 
 
-def last_of(folder: Path) -> Path:
-    return folder / "checkpoints" / "last.ckpt"
-
-
-def step_of(checkpoint: Path) -> int:
-    if not checkpoint.is_file():
-        return -1
-    return torch.load(checkpoint, weights_only=True, mmap=True)["global_step"]
-
-
-def kill_when(is_time: Callable[[], bool], arguments: list[str], wait: float = 0.0) -> None:
+def kill_when(is_time: Callable[[], bool], arguments: list[str]) -> None:
     """Start a run and send SIGKILL once ``is_time``."""
     quiet = subprocess.DEVNULL
     process = subprocess.Popen(
@@ -68,58 +69,52 @@ def kill_when(is_time: Callable[[], bool], arguments: list[str], wait: float = 0
     try:
         while process.poll() is None and not is_time():
             time.sleep(0.01)
-        time.sleep(wait)
     finally:
         process.kill()
         process.wait()
 
 
+def schedule(case: str) -> list[tuple[str, int]]:
+    """Moments and how many steps each run does before it: the whole is over before the last step,
+    and the first run leaves a checkpoint."""
+    chance = random.Random(case)
+    moments = chance.sample(MOMENTS, len(MOMENTS))
+    counts = [1 + chance.randint(0, 1), *(chance.randint(0, 1) for _ in moments[1:])]
+    return [*zip(moments, counts, strict=True), ("on_test_batch_end", 0)]
+
+
+def pending_of(checkpoint: Path) -> list[list[Any]]:
+    loop = torch.load(checkpoint, weights_only=True)["loops"]["fit_loop"]["state_dict"]
+    return loop["combined_loader"][0]["source"]["pending"]
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_killed_run_ends_like_the_unbroken_one(
-    case: str, make_config: Make, tmp_path: Path, warm_cache: Path
+def test_run_killed_again_and_again_ends_like_the_unbroken_one(
+    case: str, make_config: Make, compose: Make, tmp_path: Path, warm_cache: Path
 ) -> None:
-    overrides = [*BASE, *CASES[case]]
-    model = case.split("-")[0]
-    unbroken, killed = tmp_path / model / "unbroken", tmp_path / model / "killed"
-    expected = train.run(make_config(*overrides, "run_id=unbroken"))
+    own = CASES[case]
+    overrides = [*own, *existing([*BASE, *FEW_VOTES], compose(*own))]
+    expected = train.run(make_config(*overrides, "name=m", "run_id=unbroken"))
     assert expected["steps"] == STEPS
     assert expected["train/grad_norm"] > 0, "a run without gradients would prove nothing"
 
-    chance = random.Random(case)
-    started = command(*overrides, "run_id=killed", output_dir=tmp_path, cache_dir=warm_cache)
-    for latest in (STEPS - 3, 3, *[1] * 6):  # again, and earlier, if it was over before
-        step = chance.randint(1, latest)
-        kill_when(
-            lambda step=step: step_of(last_of(killed)) >= step, started, chance.random() * 0.05
-        )
-        at = step_of(last_of(killed))
-        if at < STEPS:
-            break
-        started.append("overwrite=true")
-    assert 1 <= at < STEPS, "not killed in the middle"
-    if "pending" in case:
-        state = torch.load(last_of(killed), weights_only=True)["loops"]["fit_loop"]
-        pending = state["state_dict"]["combined_loader"][0]["source"]["pending"]
-        assert len(pending) == -at % 4 * 2, "mini-batches of the open rollout must be saved"
-
-    metrics = train.run(make_config(*overrides, "run_id=killed", "resume=auto"))
+    unbroken, killed = tmp_path / "m" / "unbroken", tmp_path / "m" / "killed"
+    started = command(*overrides, "name=m", "run_id=killed", "resume=auto",
+                      output_dir=tmp_path, cache_dir=warm_cache)  # fmt: skip
+    log = tmp_path / "log"
+    at = 0
+    for moment, count in schedule(case):
+        status = end(start([*started, *strike(moment, count)], log))
+        assert status == -signal.SIGKILL, f"{moment} after {at}: {status}\n{log.read_text()}"
+        at = STEPS if moment.startswith("on_test") else at + count
+        assert step_of(last_of(killed)) == at or at == 0, moment
+        if "pending" in case and 0 < at < STEPS:
+            (pending,) = pending_of(last_of(killed))
+            assert len(pending) == -at % 4 * 2, "mini-batches of the open rollout must be saved"
+    metrics = train.run(make_config(*overrides, "name=m", "run_id=killed", "resume=auto"))
+    assert_same_run(unbroken, killed, STEPS)
     assert unmeasured(metrics) == unmeasured(expected)
-    assert_same_weights(weights(last_of(unbroken)), weights(last_of(killed)))
-    assert read_jsonl(killed / "samples.jsonl") == read_jsonl(unbroken / "samples.jsonl")
-    one, other = board(unbroken), board(killed)
-    assert one.Tags()["scalars"] == other.Tags()["scalars"]
-    for tag in ("train/loss", "train/entropy", "rollout/reward_mean", "train/policy_lag"):
-        sampled = 4 if "pending" in case and tag.startswith("rollout/") else 1
-        assert [step for step, _ in scalars(one, tag)] == list(range(1, STEPS + 1, sampled))
-        assert scalars(other, tag) == scalars(one, tag)
-    validated = [tag for tag in one.Tags()["scalars"] if tag.startswith("val/")]
-    assert validated
-    for tag in validated:
-        assert [step for step, _ in scalars(one, tag)] == list(range(1, STEPS + 1))
-        assert scalars(other, tag) == scalars(one, tag)
-    assert (killed / "export" / "model.safetensors").read_bytes() == (
-        unbroken / "export" / "model.safetensors"
-    ).read_bytes()
+    assert not list(killed.rglob("*.unfinished"))
 
 
 def test_killed_in_an_arm_does_not_train_the_run_again(
@@ -232,36 +227,3 @@ def test_a_run_that_left_no_checkpoint_starts_fresh(make_config: Make, tmp_path:
     assert sorted(set(steps)) == list(range(1, STEPS + 1))
     assert steps == sorted(steps)
     assert [step for step, _ in scalars(board(run), "train/loss")] == list(range(1, STEPS + 1))
-
-
-class Poison:
-    """Unpickling this makes a folder."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = str(marker)
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (self.marker,)
-
-
-@pytest.mark.parametrize("where", ["resume", "ckpt_path", "logger=none"])
-def test_a_poisoned_checkpoint_is_refused(
-    where: str, make_config: Make, tmp_path: Path, warm_cache: Path
-) -> None:
-    run, marker = tmp_path / "grpo" / "s0", tmp_path / "marker"
-    poisoned = last_of(run) if where != "ckpt_path" else tmp_path / "poisoned.ckpt"
-    poisoned.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": {}, "global_step": 1, "litpost": Poison(marker)}, poisoned)
-    extra = {"resume": ["resume=auto"], "ckpt_path": ["mode=test", f"ckpt_path={poisoned}"]}
-    overrides = [*BASE, "model=grpo", *extra.get(where, ["resume=auto", where])]
-    with pytest.raises(ValueError, match=r"refused, not a plain checkpoint .*would call .*mkdir"):
-        train.run(make_config(*overrides))
-    assert not marker.exists()
-    if where == "resume":
-        result = call(*command(*overrides, output_dir=tmp_path, cache_dir=warm_cache))
-        assert result.returncode == 1
-        assert "error: ckpt_path=" in result.stderr
-        assert "Traceback" not in result.stderr
-        assert not marker.exists()
-    torch.load(poisoned, weights_only=False)
-    assert marker.exists(), "the poison must work where it is let in"

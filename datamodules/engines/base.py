@@ -92,6 +92,12 @@ class Engine(ABC):
         """Whether weights were given."""
         return self.policy_version >= 0
 
+    def rest(self) -> None:  # noqa: B027
+        """Nothing will be generated for a while: an engine may free the device. Does nothing."""
+
+    def close(self) -> None:  # noqa: B027
+        """Stop what the engine runs; the next ``sync`` starts it again. Does nothing."""
+
     @contextmanager
     def keyed(self, key: str) -> Iterator[None]:
         """Use another stream of sampling seeds inside the block."""

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from datamodules.engines.base import Engine, Sampling, sample_seed
@@ -18,6 +17,7 @@ from datamodules.engines.decode import (
     supports_buffered_cache,
     uniforms,
 )
+from datamodules.engines.policies import Ranks, eos_ids
 from datamodules.experience import Completion, FinishReason, Prompt
 
 
@@ -70,7 +70,7 @@ class HFEngine(Engine):
     ) -> list[list[Completion]]:
         config = policy.config
         parameter = next(policy.parameters())
-        collective = _Ranks(policy, parameter.device)
+        collective = Ranks(policy, parameter.device)
         limits = [
             min(sampling.max_new_tokens, prompt.max_new_tokens or sampling.max_new_tokens)
             for prompt in prompts
@@ -78,8 +78,8 @@ class HFEngine(Engine):
         chunks = self._chunks(prompts, limits, sampling.samples)
         steps = collective.maximum(max(limits, default=1))
         result: list[list[Completion]] = [[] for _ in prompts]
-        eos_ids = _eos_ids(policy)
-        pad_id = config.pad_token_id if config.pad_token_id is not None else eos_ids[0]
+        end_ids = eos_ids(policy)
+        pad_id = config.pad_token_id if config.pad_token_id is not None else end_ids[0]
         was_training = policy.training
         policy.eval()
         try:
@@ -88,10 +88,10 @@ class HFEngine(Engine):
                 chunk = chunks[index] if index < len(chunks) else []
                 decoded = self._decode(
                     policy,
-                    [prompts[i].token_ids for i in chunk] or [(eos_ids[0],)],
+                    [prompts[i].token_ids for i in chunk] or [(end_ids[0],)],
                     sampling,
                     [self._seeds(prompts[i], sampling) for i in chunk] or [[0] * sampling.samples],
-                    eos_ids=eos_ids,
+                    eos_ids=end_ids,
                     pad_id=pad_id,
                     limits=[limits[i] for i in chunk] or [1],
                     device=parameter.device,
@@ -145,25 +145,6 @@ class HFEngine(Engine):
             return decode(policy, prompts, sampling, seeds, buffered=buffered, **options)
 
 
-class _Ranks:
-    """Agreement between ranks, needed only where the policy's parameters are sharded."""
-
-    def __init__(self, policy: Any, device: torch.device) -> None:
-        sharded = any(hasattr(parameter, "full_tensor") for parameter in policy.parameters())
-        self.is_sharded = sharded and dist.is_available() and dist.is_initialized()
-        self.device = device
-
-    def maximum(self, value: int) -> int:
-        if not self.is_sharded:
-            return value
-        tensor = torch.tensor(value, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return int(tensor)
-
-    def any(self, flag: bool) -> bool:
-        return bool(self.maximum(int(flag)))
-
-
 def _has_fixed_rope(config: Any) -> bool:
     """Whether a forward pass leaves no tensor behind in the model, as dynamic rope types do.
 
@@ -172,15 +153,6 @@ def _has_fixed_rope(config: Any) -> bool:
     """
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     return rope.get("rope_type", "unknown") == "default"
-
-
-def _eos_ids(policy: Any) -> list[int]:
-    generation = getattr(policy, "generation_config", None)
-    eos = getattr(generation, "eos_token_id", None)
-    eos = policy.config.eos_token_id if eos is None else eos
-    if eos is None:
-        raise ValueError("the backbone has no end token: set eos_token_id in its config.json")
-    return [int(token) for token in eos] if isinstance(eos, (list, tuple)) else [int(eos)]
 
 
 class _Chooser(LogitsProcessor):

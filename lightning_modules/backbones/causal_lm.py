@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from datamodules.engines.decode import supports_buffered_cache
+from lightning_modules.backbones.export import stream_weights
 from lightning_modules.backbones.sharding import gathered
 from lightning_modules.backbones.shared_prompts import shared_hidden
 from lightning_modules.ops import LogprobEntropy, TopK, TopP, fuse_lm_head
@@ -89,6 +90,10 @@ class CausalLM(nn.Module):
         """Inside the block a sharded policy is whole on every rank, where that fits."""
         with gathered(self) as is_whole:
             yield is_whole
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole weights under their Hugging Face names, one at a time; see ``stream_weights``."""
+        return stream_weights(self)
 
     def generate(self, **kwargs: Any) -> Tensor:
         """Hugging Face's ``generate``."""

@@ -6,39 +6,46 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lightning_modules.backbones.causal_lm import CausalLM
+if TYPE_CHECKING:
+    from lightning_modules.backbones.causal_lm import CausalLM
 
 
-def full_state(policy: CausalLM) -> dict[str, Tensor]:
-    """State dict of the Hugging Face model on the CPU, sharded weights gathered, adapters merged.
+def stream_weights(policy: CausalLM) -> Iterator[tuple[str, Tensor]]:
+    """Weights of the Hugging Face model by name, one at a time: gathered, adapters merged.
 
-    Under sharding every rank must call it; each tensor is gathered and moved before the next.
+    Under sharding every rank must walk all of it. A tensor that needed neither gathering nor
+    merging is the live one, so copy what you keep.
+
+    Args:
+        policy: Whose weights.
+
+    Example:
+        >>> dict(stream_weights(policy))["lm_head.weight"].shape  # doctest: +SKIP
+        torch.Size([83, 64])
     """
-    deltas: dict[str, Tensor] = {}
     base = policy.base
-    for name, module in base.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            for adapter in module.active_adapters:
-                delta = module.get_delta_weight(adapter).detach()
-                key = f"{name}.weight"
-                deltas[key] = deltas[key] + delta if key in deltas else delta
-    state: dict[str, Tensor] = {}
+    adapted = {
+        f"{name}.base_layer.weight": module
+        for name, module in base.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
     for name, value in base.state_dict().items():
         if "lora_" in name:
             continue
-        name = name.replace(".base_layer.", ".")
         value = value.detach()
-        if name in deltas:
-            value = value + deltas[name].to(value.dtype)
+        module = adapted.get(name)
+        if module is not None:
+            for adapter in module.active_adapters:
+                value = value + module.get_delta_weight(adapter).detach().to(value.dtype)
         gather = getattr(value, "full_tensor", None)
-        state[name] = (gather() if gather is not None else value).cpu().clone()
-    return state
+        yield name.replace(".base_layer.", "."), gather() if gather is not None else value
 
 
 def backbone_files(path: str) -> dict[str, str]:
@@ -73,7 +80,10 @@ def export_hf(
         info: Written to ``litpost.json``: what the model was trained on.
         is_writer: Whether this rank writes (all ranks must call under sharding).
     """
-    state = full_state(policy)
+    state = {}
+    for name, value in stream_weights(policy):  # every rank takes part in gathering
+        if is_writer:
+            state[name] = value.cpu().clone()
     if not is_writer:
         return
     target = Path(folder)

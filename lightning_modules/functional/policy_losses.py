@@ -82,6 +82,50 @@ def clipped_policy_loss(
     return torch.where(live, loss, 0.0), metrics
 
 
+def sampler_weights(
+    logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, *, cap: float
+) -> tuple[Tensor, Metrics]:
+    """Truncated importance weights of tokens that another engine sampled.
+
+    ``w = min(exp(logp - sampler), cap)``, to be multiplied with the policy loss: a sampler with
+    other kernels, another precision or older weights draws from a slightly different distribution
+    than the trainer differentiates. Truncation bounds the variance for a small bias (truncated
+    importance sampling, Ionides 2008; per step in IMPALA, arXiv 1802.01561, eq. 1). Our choice: the
+    cap is the user's, 2.0 suggested; |log ratio| is bounded by ``MAX_LOG_RATIO``.
+
+    Args:
+        logprobs: ``[N, T]`` log-probabilities (nats) of the trainer's own policy at the time of the
+            rollout; detached.
+        sampler_logprobs: ``[N, T]`` those that the engine reported.
+        mask: ``[N, T]``, nonzero at completion tokens.
+        cap: Largest weight, above 0.
+
+    Returns:
+        ``(weights, metrics)``: weights ``[N, T]`` without gradient, float32 or wider, 0 under a
+        zero of the mask; metrics over tokens as (sum, count): their mean ``sampler_weight`` and the
+        share of truncated ones, ``sampler_weight_clipped``.
+
+    Raises:
+        ValueError: For mismatched shapes or a cap that is not positive.
+
+    Example:
+        >>> mine, theirs = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -3.0]])
+        >>> sampler_weights(mine, theirs, torch.ones(1, 2), cap=2.0)[0]
+        tensor([[1., 2.]])
+    """
+    _check_shapes(logprobs, sampler_logprobs=sampler_logprobs, mask=mask)
+    if not cap > 0:
+        raise ValueError(f"cap={cap} must be above 0")
+    live = mask.to(torch.bool)
+    ratio = _masked_difference(logprobs.detach(), sampler_logprobs, live, MAX_LOG_RATIO).exp()
+    weights = torch.where(live, ratio.clamp(max=cap), 0.0)
+    metrics: Metrics = {
+        "sampler_weight": masked_sum_count(weights, live),
+        "sampler_weight_clipped": masked_sum_count(ratio > cap, live),
+    }
+    return weights, metrics
+
+
 def kl_penalty(
     logprobs: Tensor,
     ref_logprobs: Tensor,

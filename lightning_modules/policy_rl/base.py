@@ -30,7 +30,7 @@ from datamodules.rewards import RewardFunction
 from lightning_modules.backbones.causal_lm import completion_logprobs, load_causal_lm
 from lightning_modules.base import BaseModule, gather_objects
 from lightning_modules.functional.choices import check_choice
-from lightning_modules.functional.policy_losses import Aggregation, aggregate
+from lightning_modules.functional.policy_losses import Aggregation, aggregate, sampler_weights
 from lightning_modules.functional.sums import (
     Metrics,
     masked_sum_count,
@@ -55,6 +55,8 @@ class PolicyModule(BaseModule):
         with_entropy: Log the entropy of the policy (a little time in the head).
         share_prompts: Read a group's prompt once for all its completions, where the backbone
             allows it; equal to rounding.
+        sampler_correction: Cap of the importance weight between the trainer's and the sampler's
+            log-probs (see ``functional.policy_losses.sampler_weights``); None for no weights.
         **kwargs: Of ``BaseModule``.
 
     Raises:
@@ -72,6 +74,7 @@ class PolicyModule(BaseModule):
         annotate_batch_size: int = 128,
         with_entropy: bool = True,
         share_prompts: bool = True,
+        sampler_correction: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -92,6 +95,12 @@ class PolicyModule(BaseModule):
                     annotate_batch_size >= 1,
                     "at least 1",
                 ),
+                (
+                    "sampler_correction",
+                    sampler_correction,
+                    sampler_correction is None or sampler_correction > 0,
+                    "above 0, or null for none",
+                ),
             )
             if not is_right
         ]
@@ -105,6 +114,7 @@ class PolicyModule(BaseModule):
         self.annotate_batch_size = annotate_batch_size
         self.with_entropy = with_entropy
         self.share_prompts = share_prompts
+        self.sampler_correction = sampler_correction
         self.reference: Any = None
         self._evaluation: dict[str, Metrics] = {}
 
@@ -183,6 +193,13 @@ class PolicyModule(BaseModule):
         )
         per_token, metrics = self.policy_loss(tokens.logprob, batch)
         self.record({f"train/{name}": value for name, value in metrics.items()})
+        if self.sampler_correction is not None:
+            mine = tokens.logprob if batch.old_logprobs is None else batch.old_logprobs
+            weights, metrics = sampler_weights(
+                mine, batch.sampler_logprobs, batch.mask, cap=self.sampler_correction
+            )
+            per_token = per_token * weights
+            self.record({f"train/{name}": value for name, value in metrics.items()})
         penalty, metrics = self.regularizer(tokens, batch)
         self.record({f"train/{name}": value for name, value in metrics.items()})
         if penalty is not None:
@@ -310,4 +327,7 @@ class PolicyModule(BaseModule):
             for logger in self.trainer.loggers:
                 logger.log_metrics(values, step=self.trainer.global_step)
         self.log_dict(values, logger=False)
+        engine = getattr(getattr(self.trainer, "datamodule", None), "engine", None)
+        if engine is not None:
+            engine.rest()
         return values

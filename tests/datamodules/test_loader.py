@@ -106,6 +106,15 @@ def test_length_that_is_no_multiple_of_the_window_is_refused(length, window):
         Loader(Numbers(length, window))
 
 
+def test_going_on_inside_another_window_is_refused():
+    """A run that goes on with other micro-batches would step on half a window."""
+    state = {"epoch": 0, "index": 6, "source": {"made": 6}}
+    for window in (1, 2, 3):
+        Loader(Numbers(12, window)).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"micro-batch 6 .*window of 4: give data\.micro_batches"):
+        Loader(Numbers(12, 4)).load_state_dict(state)
+
+
 # --- rows -----------------------------------------------------------------------------------------
 
 

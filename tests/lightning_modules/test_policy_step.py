@@ -321,7 +321,7 @@ def test_run_stops_at_max_bad_steps_with_its_batch_saved(tiny_folder, tmp_path, 
     monkeypatch.setattr(Faulty, "bad", (1, 3, 4))
     with pytest.raises(RuntimeError, match=r"2 steps .*model\.max_bad_steps=2.*bad_batch\.pt"):
         fit(tiny_folder, tmp_path, cls=Faulty, steps=9, max_bad_steps=2)
-    saved = Experience(**torch.load(tmp_path / "bad_batch.pt", weights_only=True))
+    saved = Experience(**torch.load(tmp_path / "bad_batch.pt", weights_only=True)[0][0])
     wanted, _, _ = by_hand(built(tiny_folder), stream(tiny_folder))
     pairs = zip(wanted.prompts, wanted.completions, strict=True)
     rows = {prompt.token_ids + completion.token_ids for prompt, completion in pairs}
