@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import secrets
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +52,8 @@ class VLLMServerEngine(PushedEngine):
         weights: ``folder`` writes safetensors and lets the server reload them; ``nccl`` uses vLLM's
             weight-transfer API (GPUs on both sides).
         weights_dir: Folder for ``weights=folder``, seen by the server under the same path; None
-            is this machine's temporary folder. What is written goes when the run ends.
+            is the temporary folder, for a user's server the one that ``log`` is in. What is written
+            goes when the run ends.
         log: File of the output of a server of ours.
 
     Raises:
@@ -135,7 +137,9 @@ class VLLMServerEngine(PushedEngine):
         self._policy = policy
         check_transfer(self.weights, next(policy.parameters()).device)
         if self.url is not None:
-            self._folders = self._folders or WeightFolders(self.weights_dir)
+            if self._folders is None:
+                root = self._root(self.log.parent)
+                self._folders = WeightFolders(root, is_removed=is_first_rank())
             self._endpoint = Endpoint(self.url, self._users_key(), timeout=self.request_timeout)
             self._check_users_server()
             return
@@ -151,12 +155,13 @@ class VLLMServerEngine(PushedEngine):
 
         first = None
         if not _on_first_rank(find):
-            self._folders = WeightFolders(self.weights_dir)
+            self._folders = WeightFolders(self._root(Path(tempfile.gettempdir())))
             first = self._folders.write(policy, named_weights(policy), "start", is_first_rank())
             self._folders.keep_only(first, is_first_rank())
         elif self._folders is None:
             server = _LIVE.get(key)  # none but on rank 0, which alone writes
-            self._folders = WeightFolders(root=server.weights if server else None)
+            theirs = server.weights if server is not None else Path(os.devnull)
+            self._folders = WeightFolders(theirs, is_removed=False)
 
         def begin() -> tuple[str, str]:
             if first is not None and self._folders is not None:
@@ -176,6 +181,12 @@ class VLLMServerEngine(PushedEngine):
         server = _LIVE.get(key)
         explain = server.tail if server is not None else str
         self._endpoint = Endpoint(url, secret, timeout=self.request_timeout, explain=explain)
+
+    def _root(self, default: Path) -> Path:
+        """Folder of this run's weights."""
+        if self.weights_dir is None and self.url is not None:
+            return default / "vllm_weights"
+        return Path(self.weights_dir or default, f"litpost-weights-{secrets.token_hex(6)}")
 
     def _arguments(self, policy: Any) -> list[str]:
         parameter = next(policy.parameters())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,19 +24,15 @@ class WeightFolders:
     """Folders of safetensors, each written under another name and renamed when whole.
 
     Args:
-        parent: Where a folder of its own is made; None is the system's temporary folder.
-        root: Use this folder, which somebody else removes.
+        root: Where they live. It belongs to one run: what is in it goes at the next push.
+        is_removed: Remove it with this object (else somebody else does).
     """
 
-    def __init__(self, parent: str | None = None, *, root: Path | None = None) -> None:
-        self._remove: Any = None
-        self._last: Path | None = None
-        if root is None:
-            if parent is not None:
-                Path(parent).mkdir(parents=True, exist_ok=True)
-            root = Path(tempfile.mkdtemp(prefix="litpost-weights-", dir=parent))
-            self._remove = weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
+    def __init__(self, root: Path, *, is_removed: bool = True) -> None:
         self.root = root
+        self._remove: Any = None
+        if is_removed:
+            self._remove = weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
 
     def write(
         self, policy: Any, weights: Iterator[tuple[str, Tensor]], name: str, is_writer: bool
@@ -54,7 +49,7 @@ class WeightFolders:
         unfinished = folder.with_name(f"{name}.unfinished")
         if is_writer:
             shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
+            unfinished.mkdir(parents=True)
             model_folder(policy, unfinished)
         shard: dict[str, Tensor] = {}
         size, number = 0, 0
@@ -73,10 +68,10 @@ class WeightFolders:
         return folder
 
     def keep_only(self, folder: Path, is_writer: bool) -> None:
-        """Remove what this object wrote before ``folder``."""
-        if is_writer and self._last not in (None, folder):
-            shutil.rmtree(str(self._last), ignore_errors=True)
-        self._last = folder
+        """Remove what was written before ``folder``."""
+        for other in list(self.root.iterdir()) if is_writer else []:
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
 
     def leave_to_server(self) -> None:
         """A server of ours reads them, also for other runs, and removes them at its end."""
@@ -85,9 +80,7 @@ class WeightFolders:
             self._remove = None
 
     def close(self) -> None:
-        """Remove everything that was written."""
-        if self._last is not None:
-            shutil.rmtree(self._last, ignore_errors=True)
+        """Remove everything that was written, where that is ours to do."""
         if self._remove is not None:
             self._remove()
 

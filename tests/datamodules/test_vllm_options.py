@@ -174,7 +174,7 @@ def test_weight_folders_are_whole_or_not_there(
 ) -> None:
     policy = load_causal_lm(BackboneOptions(path=str(tiny_folder)))
     monkeypatch.setattr("datamodules.engines.vllm_transfer.SHARD_BYTES", 4096)
-    folders = WeightFolders(str(tmp_path / "w"))
+    folders = WeightFolders(tmp_path / "w")
     first = folders.write(policy, policy.named_weights(), "one", True)
     files = sorted(path.name for path in first.glob("*.safetensors"))
     assert len(files) > 1, "in parts"
@@ -195,12 +195,11 @@ def test_weight_folders_are_whole_or_not_there(
     second = folders.write(policy, policy.named_weights(), "two", True)
     folders.keep_only(second, True)
     assert [path.name for path in folders.root.iterdir()] == ["two"]
-    assert folders.root.parent == tmp_path / "w"
     walked = []
     folders.write(policy, (walked.append(w) or w for w in policy.named_weights()), "three", False)
     assert len(walked) == len(state), "every rank walks all of it"
     assert not (folders.root / "three").exists()
-    borrowed = WeightFolders(root=folders.root)
+    borrowed = WeightFolders(folders.root, is_removed=False)
     borrowed.write(policy, policy.named_weights(), "four", True)
     borrowed.close()
     assert folders.root.is_dir()

@@ -346,8 +346,9 @@ def test_the_trainer_is_left_as_it_was(policy: Any, monkeypatch: pytest.MonkeyPa
                 groups.append(dist.distributed_c10d._get_default_group())
                 yield item
 
-        monkeypatch.setattr(policy, "named_weights", gathered)
-        engine.sync(policy, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(policy, "named_weights", gathered)
+            engine.sync(policy, 1)
         assert set(groups) == {own}, "weights are gathered under the trainer's group"
         engine.generate(prompts(), GREEDY)
         engine.close()
