@@ -117,10 +117,14 @@ def test_a_signal_while_things_are_prepared(stage: str, tmp_path: Path, warm_cac
     before = {path.name for path in cache.glob(f"{kind}-*")} if cache.exists() else set()
     process = start(started, log)
     deadline = time.monotonic() + 60
-    while not (open_ones := [*cache.glob(f"{kind}-*.unfinished")]) and process.is_alive():
+
+    def is_open() -> bool:  # other tests may have left unfinished folders of their own
+        return bool({path.name for path in cache.glob(f"{kind}-*.unfinished")} - before)
+
+    while not is_open() and process.is_alive():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert open_ones, log.read_text()
+    assert is_open(), log.read_text()
     os.kill(process.pid, TERM)
     assert end(process) == EXIT_CODE, log.read_text()
     assert "SIGTERM: ended before training; go on with" in log.read_text()

@@ -1,9 +1,8 @@
 """What two processes cost: the same GRPO steps in one process, under DDP and under FSDP2.
 
-``python -m tests.benchmarks.two_processes [--steps 8] [--repeats 2]`` prints seconds a step
-and the ratio to one process of as many threads as the ranks have together. It asserts nothing: on one
-machine the ranks share its cores, so what is above 1 is start-up inside the loop, collectives and
-smaller batches.
+``python -m tests.benchmarks.two_processes [--steps 8] [--repeats 2]`` prints seconds of training a
+step and the ratio to one process of two threads. It asserts nothing: the ranks share the machine's
+cores and the model is tiny, so what is above 1 is start-up, collectives and smaller batches.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ WAYS = {
 def seconds(way: str, steps: int, folder: Path, cache: Path) -> float:
     """Seconds of training a step of one run, rollouts included."""
     overrides = [
-        *("model=grpo", "mode=fit", *SMALL, f"trainer.max_steps={steps}", "trainer.accelerator=cpu"),
-        *("trainer.limit_val_batches=0", *WAYS[way], "overwrite=true"),
+        *("model=grpo", "mode=fit", *SMALL, *WAYS[way], "overwrite=true"),
+        *(f"trainer.max_steps={steps}", "trainer.accelerator=cpu", "trainer.limit_val_batches=0"),
     ]
     arguments = command(*overrides, output_dir=folder, cache_dir=cache)
     arguments.remove("trainer.num_threads=1")  # ours stands among the overrides
