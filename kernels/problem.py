@@ -15,6 +15,9 @@ from torch import Tensor
 
 from .regions import Region
 
+#: The smallest relative logit that is told apart from "impossible"; its probability is 0.
+FLOOR = -1e4
+
 
 @dataclass
 class Problem:
@@ -147,3 +150,27 @@ class Coefficients:
     region_flat: Tensor | None
     region_tilted: Tensor | None
     members: Tensor | None
+
+
+def rescaled_sums(
+    row_max: Tensor, log_sum: Tensor, entropy: Tensor, top: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sums over a part of a row's columns, relative to the whole row's maximum.
+
+    Parts (slices, ranks) are merged by adding these up.
+
+    Args:
+        row_max: ``(..., N)`` the part's maximum; minus infinity where no column is possible.
+        log_sum: ``(..., N)`` of the part.
+        entropy: ``(..., N)`` of the part.
+        top: ``(N,)`` maximum of the whole row.
+
+    Returns:
+        Sums of ``exp(d)`` and of ``exp(d) * d``, ``d`` being logits minus ``top``.
+    """
+    is_dead = row_max.isneginf()
+    exp_sum = torch.where(is_dead, 0.0, log_sum.exp())
+    tilted = torch.where(is_dead, 0.0, exp_sum * (log_sum - entropy))
+    shift = (row_max - top).clamp(min=FLOOR)
+    weight = shift.exp()
+    return weight * exp_sum, weight * (tilted + shift * exp_sum)

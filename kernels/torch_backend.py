@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .problem import Coefficients, Problem, RegionStats, RowStats
+from .problem import FLOOR, Coefficients, Problem, RegionStats, RowStats
 from .regions import TopK, TopP
 
 #: Bytes that each thread of a CPU takes at once in elementwise work: they stay in its cache.
@@ -22,8 +22,6 @@ BLOCK = 2**20
 LEAST_ROWS = 512
 #: Rows of a nucleus are first looked for among so many largest logits, then by a full sort.
 NUCLEUS_TRY = 512
-#: The smallest relative logit that is told apart from "impossible"; its probability is 0.
-FLOOR = -1e4
 
 
 def matmul_into(left: Tensor, right: Tensor, out: Tensor) -> None:

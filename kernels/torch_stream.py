@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .problem import Problem, RegionStats, RowStats
+from .problem import Problem, RegionStats, RowStats, rescaled_sums
 from .regions import TopK
-from .torch_backend import FLOOR, block_rows, chunk_stats, join, largest, logits_block, top_k_stats
+from .torch_backend import block_rows, chunk_stats, join, largest, logits_block, top_k_stats
 
 #: Columns of a slice: wide enough for matrix products, narrow enough for the workspace.
 WIDTH = 8192
@@ -51,11 +51,8 @@ def _merged(problem: Problem, targets: Tensor, width: int, pieces: list[RowStats
     is_dead = row_max.isneginf()  # all columns of the slice are impossible
     log_sums = torch.stack([piece.log_sum for piece in pieces])
     entropies = torch.stack([piece.entropy for piece in pieces])
-    exp_sums = torch.where(is_dead, 0.0, log_sums.exp())
-    tilted = torch.where(is_dead, 0.0, exp_sums * (log_sums - entropies))
-    shift = offset.clamp(min=FLOOR)
-    weights = shift.exp()
-    exp_sum = (weights * exp_sums).sum(0)
+    exp_sums, tilted_sums = rescaled_sums(row_max, log_sums, entropies, top)
+    exp_sum = exp_sums.sum(0)
     log_sum = exp_sum.log()
     at_targets = torch.stack([piece.target for piece in pieces]) + offset
     at_targets = torch.where(is_dead, offset, at_targets)
@@ -75,7 +72,7 @@ def _merged(problem: Problem, targets: Tensor, width: int, pieces: list[RowStats
         row_max=top,
         log_sum=log_sum,
         target=at_targets.gather(0, (targets // width)[None])[0],
-        entropy=log_sum - (weights * (tilted + shift * exp_sums)).sum(0) / exp_sum,
+        entropy=log_sum - tilted_sums.sum(0) / exp_sum,
         mean=mean,
         argmax=argmax,
         region=region,

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .backward import Fill, Gradients, Upstream, backward, coefficients
-from .problem import Problem, RowStats
+from .problem import Problem, RowStats, rescaled_sums
 from .regions import TopK
-from .torch_backend import FLOOR, largest, top_k_stats
+from .torch_backend import largest, top_k_stats
 
 
 def find_group(name: str) -> Any:
@@ -77,14 +77,9 @@ def merge(
     """
     top = stats.row_max.clone()
     dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-    shift = (stats.row_max - top).clamp(min=FLOOR)
     is_dead = stats.row_max.isneginf()  # all of this rank's columns are impossible
-    exp_sum = torch.where(is_dead, 0.0, stats.log_sum.exp())
-    tilted = torch.where(is_dead, 0.0, exp_sum * (stats.log_sum - stats.entropy))
-    weight = shift.exp()
     sums = [
-        weight * exp_sum,
-        weight * (tilted + shift * exp_sum),
+        *rescaled_sums(stats.row_max, stats.log_sum, stats.entropy, top),
         torch.where(is_mine, stats.target + stats.row_max - top, 0.0),
     ]
     if problem.with_mean:
