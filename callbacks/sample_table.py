@@ -122,6 +122,7 @@ def _records(rollouts: Any, step: int) -> list[dict[str, Any]]:
                 "token_ids": list(completion.token_ids),
                 "logprobs": [round(value, 6) for value in completion.logprobs],
                 "policy_version": completion.policy_version,
+                **{name: values[index] for name, values in rollouts.info.items()},
             }
         )
     return records

@@ -6,7 +6,7 @@ Shape legend: ``N`` sequences, ``T`` padded length of prompt plus completion, ``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,22 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """The most probable tokens at every position of a completion, most probable first.
+
+    Args:
+        ids: ``(L, C)`` int64 token ids.
+        logprobs: ``(L, C)`` nats under the distribution that the token was drawn from.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+
+    def __len__(self) -> int:
+        return int(self.ids.shape[0])
+
+
+@dataclass(frozen=True)
 class Completion:
     """What an engine wrote for one prompt.
 
@@ -59,12 +75,14 @@ class Completion:
         logprobs: Log-probability (nats) of each token under the distribution it was drawn from.
         finish_reason: Why it ended.
         policy_version: Optimizer steps the weights had seen when it was sampled.
+        candidates: Where ``Sampling.candidates`` asked for them, else None.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
     policy_version: int = 0
+    candidates: Candidates | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass
@@ -72,7 +90,8 @@ class Rollouts:
     """All completions of one draw of prompts, group by group, and what hooks add to them.
 
     ``reward``, ``parts`` and ``advantages`` are filled by the hooks ``score`` and ``advantages``;
-    ``old_logprobs`` and ``ref_logprobs`` by ``annotate``. Tensors are on the CPU.
+    ``old_logprobs``, ``ref_logprobs`` and ``extra`` by ``annotate``. A hook may also add to
+    ``extra`` and ``info`` or set ``is_trained``. Tensors are on the CPU.
 
     Args:
         prompts: One a completion (a group repeats its prompt), length N.
@@ -86,6 +105,9 @@ class Rollouts:
         advantages: ``(N,)`` or ``(N, T)`` with T the longest completion.
         old_logprobs: ``(N, T)`` nats, or None.
         ref_logprobs: ``(N, T)`` nats, or None.
+        extra: Further tensors ``(N, T)`` that a method needs in training, by name.
+        is_trained: ``(N,)`` False for completions that are scored and logged but not trained on;
+            None trains on all.
         info: Anything worth a column in the sample table, each of length N.
     """
 
@@ -99,6 +121,8 @@ class Rollouts:
     advantages: Tensor | None = None
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    is_trained: Tensor | None = None
     info: dict[str, list[Any]] = field(default_factory=dict)
 
     @classmethod
@@ -121,6 +145,20 @@ class Rollouts:
         """Optimizer steps behind the oldest completion."""
         return min((c.policy_version for c in self.completions), default=0)
 
+    @property
+    def mask(self) -> Tensor:
+        """``(N, T)`` True on completion tokens, whether they are trained on or not."""
+        sizes = torch.tensor([len(c.token_ids) for c in self.completions], dtype=torch.long)
+        return torch.arange(int(sizes.max()) if len(sizes) else 0)[None, :] < sizes[:, None]
+
+    def annotations(self, values: Mapping[str, Tensor | None]) -> None:
+        """Keep what the hook ``annotate`` gave: log-probs in fields of their own, others aside."""
+        for name, value in values.items():
+            if name in ("old_logprobs", "ref_logprobs"):
+                setattr(self, name, value)
+            elif value is not None:
+                self.extra[name] = value
+
     def batch(self) -> Experience:
         """The tensors that a training step reads, right-padded."""
         return collate(self)
@@ -134,7 +172,8 @@ class Experience:
         input_ids: ``(N, L)`` prompt then completion.
         attention_mask: ``(N, L)`` 1 on real tokens.
         prompt_lengths: ``(N,)``.
-        mask: ``(N, T)`` True on completion tokens; column 0 is the first completion token.
+        mask: ``(N, T)`` True on completion tokens that are trained on; column 0 is the first
+            completion token.
         sampler_logprobs: ``(N, T)`` what the engine reported.
         advantages: ``(N, T)``.
         reward: ``(N,)``.
@@ -148,6 +187,7 @@ class Experience:
         window_size: Micro-batches in the window (Lightning divides the loss by it).
         old_logprobs: ``(N, T)`` or None (then the policy is the sampler, see ``Rollouts``).
         ref_logprobs: ``(N, T)`` or None.
+        extra: Further ``(N, T)`` tensors of the method, by name.
     """
 
     input_ids: Tensor
@@ -166,9 +206,16 @@ class Experience:
     window_size: int = 1
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
+
+    @property
+    def domain(self) -> str | None:
+        """The one domain of all rows; None where they are of several."""
+        present = self.domains.unique().tolist()
+        return self.domain_names[present[0]] if len(present) == 1 else None
 
     def select(self, rows: Tensor) -> Experience:
         """The given rows, trimmed to their longest."""
@@ -176,14 +223,16 @@ class Experience:
         width = int(lengths.max()) if len(rows) else 0
         completion = int(self.mask.index_select(0, rows).sum(1).max()) if len(rows) else 0
         bound = {"input_ids": width, "attention_mask": width}
+
+        def cut(name: str, value: Tensor) -> Tensor:
+            value = value.index_select(0, rows)
+            return value[:, : bound.get(name, completion)] if value.ndim == 2 else value
+
         values: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
-            if isinstance(value, Tensor):
-                value = value.index_select(0, rows)
-                if value.ndim == 2:
-                    value = value[:, : bound.get(item.name, completion)]
-            values[item.name] = value
+            values[item.name] = cut(item.name, value) if isinstance(value, Tensor) else value
+        values["extra"] = {name: cut(name, value) for name, value in self.extra.items()}
         return Experience(**values)
 
     def state(self) -> dict[str, Any]:
@@ -206,7 +255,9 @@ def collate(rollouts: Rollouts) -> Experience:
         ids[row, : len(tokens)] = torch.tensor(tokens)
         attention[row, : len(tokens)] = 1
         sampler[row, : sizes[row]] = torch.tensor(completion.logprobs)
-    mask = torch.arange(longest)[None, :] < torch.tensor(sizes, dtype=torch.long)[:, None]
+    mask = rollouts.mask
+    if rollouts.is_trained is not None:
+        mask = mask & rollouts.is_trained[:, None]
     advantages = torch.zeros(count) if rollouts.advantages is None else rollouts.advantages
     if advantages.ndim == 1:
         advantages = advantages[:, None].expand(count, longest)
@@ -225,4 +276,5 @@ def collate(rollouts: Rollouts) -> Experience:
         policy_version=rollouts.policy_version,
         old_logprobs=rollouts.old_logprobs,
         ref_logprobs=rollouts.ref_logprobs,
+        extra=rollouts.extra,
     )

@@ -229,8 +229,7 @@ class RolloutDataModule(LightningDataModule):
         rollouts.reward, rollouts.parts = parts["reward"], parts
         clock.lap("score")
         with torch.no_grad():
-            for name, value in module.annotate(rollouts).items():
-                setattr(rollouts, name, value)
+            rollouts.annotations(module.annotate(rollouts))
         rollouts.advantages, metrics = module.advantages(rollouts)
         self.engine.rest()
         clock.lap("annotate")
@@ -258,7 +257,7 @@ class RolloutDataModule(LightningDataModule):
         for start in range(0, len(pieces), self.window):
             window = pieces[start : start + self.window]
             tokens = float(sum(piece.mask.sum() for piece in window))
-            sequences = float(sum(len(piece) for piece in window))
+            sequences = float(sum(piece.mask.any(1).sum() for piece in window))
             tokens, sequences = _mean_over_ranks([tokens, sequences])
             for piece in window:
                 piece.window_tokens, piece.window_sequences = tokens, sequences

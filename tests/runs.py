@@ -329,9 +329,9 @@ class SaveLoaded(Callback):
 class OneBadRank(GRPO):
     """The gradient of rank 1 is not finite at steps 1, 3 and 4."""
 
-    def policy_loss(self, logprobs: torch.Tensor, batch: Any) -> Any:
+    def policy_loss(self, tokens: Any, batch: Any) -> Any:
         """Times NaN where the rank is bad."""
-        loss, metrics = super().policy_loss(logprobs, batch)
+        loss, metrics = super().policy_loss(tokens, batch)
         is_bad = self.trainer.global_rank == 1 and self.trainer.global_step in (1, 3, 4)
         return loss * (float("nan") if is_bad else 1.0), metrics
 

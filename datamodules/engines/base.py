@@ -27,6 +27,7 @@ class Sampling:
         max_new_tokens: Upper bound of tokens a completion; a prompt's own bound wins if smaller.
         top_p: Nucleus mass, 1 keeps the whole distribution.
         top_k: Number of most probable tokens kept, 0 keeps all.
+        candidates: Most probable tokens reported at every position (``Completion.candidates``).
 
     Raises:
         ValueError: A value is out of range.
@@ -37,6 +38,7 @@ class Sampling:
     max_new_tokens: int = 64
     top_p: float = 1.0
     top_k: int = 0
+    candidates: int = 0
 
     def __post_init__(self) -> None:
         problems = []
@@ -50,6 +52,8 @@ class Sampling:
             problems.append(f"top_p={self.top_p} must be in (0, 1]")
         if self.top_k < 0:
             problems.append(f"top_k={self.top_k} must be 0 (off) or more")
+        if self.candidates < 0:
+            problems.append(f"candidates={self.candidates} must be 0 (none) or more")
         if problems:
             raise ValueError("sampling: " + "; ".join(problems))
 

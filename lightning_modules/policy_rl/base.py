@@ -38,7 +38,7 @@ from lightning_modules.functional.sums import (
     merge,
     moments,
 )
-from lightning_modules.ops import LogprobEntropy
+from lightning_modules.ops import LogprobEntropy, TopK, TopP
 
 
 class PolicyModule(BaseModule):
@@ -115,6 +115,10 @@ class PolicyModule(BaseModule):
         self.with_entropy = with_entropy
         self.share_prompts = share_prompts
         self.sampler_correction = sampler_correction
+        #: What else the head computes in training: gradients through the entropy, and the entropy
+        #: of a trust region of the vocabulary (``ops.TopK``, ``ops.TopP``). Methods set them.
+        self.entropy_grad = False
+        self.region: TopK | TopP | None = None
         self.reference: Any = None
         self._evaluation: dict[str, Metrics] = {}
 
@@ -169,8 +173,8 @@ class PolicyModule(BaseModule):
         """Advantages ``(N,)`` or ``(N, T)`` of scored rollouts, and metrics."""
 
     @abstractmethod
-    def policy_loss(self, logprobs: Tensor, batch: Experience) -> tuple[Tensor, Metrics]:
-        """Loss a token ``(N, T)`` of log-probs ``(N, T)``, and metrics."""
+    def policy_loss(self, tokens: LogprobEntropy, batch: Experience) -> tuple[Tensor, Metrics]:
+        """Loss a token ``(N, T)`` of log-probs (and entropies) ``(N, T)``, and metrics."""
 
     def regularizer(
         self, tokens: LogprobEntropy, batch: Experience
@@ -190,8 +194,10 @@ class PolicyModule(BaseModule):
             groups=batch.groups if self.share_prompts else None,
             temperature=self.temperature,
             with_entropy=self.with_entropy,
+            entropy_grad=self.entropy_grad,
+            region=self.region,
         )
-        per_token, metrics = self.policy_loss(tokens.logprob, batch)
+        per_token, metrics = self.policy_loss(tokens, batch)
         self.record({f"train/{name}": value for name, value in metrics.items()})
         if self.sampler_correction is not None:
             mine = tokens.logprob if batch.old_logprobs is None else batch.old_logprobs

@@ -78,11 +78,11 @@ class GRPO(PolicyModule):
         )
         return result.advantages, {"rollout/zero_variance": masked_sum_count(result.zero_variance)}
 
-    def policy_loss(self, logprobs: Tensor, batch: Experience) -> tuple[Tensor, Metrics]:
+    def policy_loss(self, tokens: LogprobEntropy, batch: Experience) -> tuple[Tensor, Metrics]:
         """Clipped surrogate ``(N, T)``; without old log-probs the policy is the sampler."""
-        old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+        old = tokens.logprob.detach() if batch.old_logprobs is None else batch.old_logprobs
         return clipped_policy_loss(
-            logprobs,
+            tokens.logprob,
             old,
             batch.advantages,
             batch.mask,

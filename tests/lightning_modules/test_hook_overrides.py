@@ -61,8 +61,8 @@ HOOKS: dict[str, tuple[str, dict[str, float]]] = {
     ),
     "policy_loss": (
         """
-        def policy_loss(self, logprobs, batch):
-            return logprobs * 0 + 4, {"mine": (14.0, 2.0)}
+        def policy_loss(self, tokens, batch):
+            return tokens.logprob * 0 + 4, {"mine": (14.0, 2.0)}
         """,
         {"train/loss": 4.0, "train/mine": 7.0},
     ),
