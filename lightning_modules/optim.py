@@ -6,6 +6,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,10 +34,19 @@ def build_optimizer(
 ) -> dict[str, Any]:
     """What ``configure_optimizers`` returns: the optimizer and a schedule stepped every step.
 
+    Args:
+        groups: Parameter groups; one with ``options`` has its own learning rate, weight decay and
+            schedule.
+        options: Of the optimizer, and of all other groups.
+        total_steps: Optimizer steps of the run.
+
     Raises:
         ValueError: The class cannot be imported, or an unknown schedule.
     """
-    check_choice("optimizer.schedule", options.schedule, ("constant", "linear", "cosine"))
+    parts = [dict(group) for group in groups]
+    own: list[OptimizerOptions] = [part.pop("options", options) for part in parts]
+    for each in own:
+        check_choice("optimizer.schedule", each.schedule, ("constant", "linear", "cosine"))
     module, _, name = options.class_path.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module), name)
@@ -52,8 +62,9 @@ def build_optimizer(
     if cls in (torch.optim.Adam, torch.optim.AdamW):  # others have no fused step for shards
         values["fused"] = True
     values |= options.extra
-    optimizer = cls([dict(group) for group in groups], **values)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_factor(step, options, total_steps)
-    )
+    for part, each in zip(parts, own, strict=True):
+        part |= {"lr": each.lr, "weight_decay": each.weight_decay}
+    optimizer = cls(parts, **values)
+    factors: list[Any] = [partial(lr_factor, options=each, total_steps=total_steps) for each in own]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

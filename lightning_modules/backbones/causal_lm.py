@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -101,15 +101,8 @@ class CausalLM(nn.Module):
 
     @property
     def can_share_prompts(self) -> bool:
-        """Whether a prompt may be read once for all its completions, gradients included.
-
-        It takes a cache of plain full-attention layers; activation checkpointing and sharding run
-        the ordinary way.
-        """
-        is_plain = supports_buffered_cache(self.config)
-        is_checkpointing = bool(getattr(self.base, "is_gradient_checkpointing", False))
-        is_sharded = any(hasattr(p, "full_tensor") for p in self.parameters())
-        return is_plain and not is_checkpointing and not is_sharded
+        """Whether a prompt may be read once for all its completions; see ``completion_hidden``."""
+        return _can_share_prompts(self.base, self.config)
 
     def forward(
         self,
@@ -121,6 +114,7 @@ class CausalLM(nn.Module):
         with_entropy: bool = True,
         entropy_grad: bool = False,
         region: TopK | TopP | None = None,
+        output: Literal["tokens", "hidden", "both"] = "tokens",
         **kwargs: Any,
     ) -> Any:
         """Logits as usual, or log-probs of completion tokens.
@@ -133,25 +127,20 @@ class CausalLM(nn.Module):
             with_entropy: Also the entropy at those positions.
             entropy_grad: Whether gradients flow through it.
             region: Also the entropy of this trust region of the vocabulary, always with gradients.
+            output: What of the K completion tokens: what the head says of them, the hidden states
+                ``(K, H)`` that predict them (row by row), or both.
             **kwargs: Of the model itself.
 
         Returns:
-            The model's output, or ``LogprobEntropy`` with fields ``(N, T)``, zero off the mask.
+            The model's output, or ``LogprobEntropy`` with fields ``(N, T)``, zero off the mask, or
+            hidden states, or the pair of both.
         """
         if completions is None:
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         mask = completions.mask
-        if completions.groups is not None and self.can_share_prompts:
-            hidden = shared_hidden(
-                self.base.base_model,
-                self.config,
-                input_ids,
-                completions.prompt_lengths,
-                mask,
-                completions.groups,
-            )
-        else:
-            hidden = self._plain(input_ids, completions)
+        hidden = completion_hidden(self.base.base_model, self.config, input_ids, completions)
+        if output == "hidden":
+            return hidden
         rows, places = mask.nonzero(as_tuple=True)
         head = self.base.get_output_embeddings()
         flat = head(  # inside its forward, where fully_shard has gathered the weight
@@ -162,20 +151,45 @@ class CausalLM(nn.Module):
             with_entropy=with_entropy,
             entropy_grad=entropy_grad,
         )
-        return LogprobEntropy(*(_spread(value, mask, rows, places) for value in flat))
-
-    def _plain(self, input_ids: Tensor, completions: Completions) -> Tensor:
-        """Hidden states ``(K, H)`` that predict the K completion tokens, row by row.
-
-        Causal attention never looks at padding on the right, so no mask is needed.
-        """
-        rows, places = completions.mask.nonzero(as_tuple=True)
-        hidden = self.base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return hidden[rows, completions.prompt_lengths[rows] + places - 1]
+        tokens = LogprobEntropy(*(None if value is None else spread(value, mask) for value in flat))
+        return (tokens, hidden) if output == "both" else tokens
 
 
-def _spread(value: Tensor | None, mask: Tensor, rows: Tensor, places: Tensor) -> Tensor | None:
-    return None if value is None else value.new_zeros(mask.shape).index_put((rows, places), value)
+def completion_hidden(
+    body: Any, config: Any, input_ids: Tensor, completions: Completions
+) -> Tensor:
+    """Hidden states ``(K, H)`` that predict the K completion tokens, row by row.
+
+    A prompt is read once for all its completions (``completions.groups``) where that is possible:
+    it takes a cache of plain full-attention layers; activation checkpointing and sharding run the
+    ordinary way. Causal attention never looks at padding on the right, so no mask is needed.
+
+    Args:
+        body: The decoder without its head.
+        config: Its configuration.
+        input_ids: ``(N, L)`` prompts and completions, right-padded.
+        completions: Which tokens.
+    """
+    mask = completions.mask
+    if completions.groups is not None and _can_share_prompts(body, config):
+        return shared_hidden(
+            body, config, input_ids, completions.prompt_lengths, mask, completions.groups
+        )
+    rows, places = mask.nonzero(as_tuple=True)
+    hidden = body(input_ids=input_ids, use_cache=False).last_hidden_state
+    return hidden[rows, completions.prompt_lengths[rows] + places - 1]
+
+
+def _can_share_prompts(body: Any, config: Any) -> bool:
+    is_checkpointing = bool(getattr(body, "is_gradient_checkpointing", False))
+    is_sharded = any(hasattr(p, "full_tensor") for p in body.parameters())
+    return supports_buffered_cache(config) and not is_checkpointing and not is_sharded
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """Values ``(K,)`` of the K tokens of a mask ``(N, T)``, laid out as the mask, 0 elsewhere."""
+    places = mask.nonzero(as_tuple=True)
+    return values.new_zeros(mask.shape).index_put(places, values)
 
 
 def completion_logprobs(

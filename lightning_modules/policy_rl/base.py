@@ -7,6 +7,8 @@
     policy_loss log-probs and advantages -> loss a token
     regularizer further loss a token (KL, entropy), or None
 
+Methods with further parts (a critic) add ``auxiliary_loss``, of the same forward pass.
+
 A hook takes tensors or dataclasses and returns tensors plus metrics as sums and counts; it neither
 logs nor steps. The datamodule calls the first four when a new rollout is due; ``training_step``
 calls the last two and is a pure function of its batch. Lightning does the rest.
@@ -17,10 +19,11 @@ Shape legend: ``N`` sequences, ``T`` completion tokens (padded), ``L`` prompt pl
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from datamodules.engines.base import Engine, Sampling
@@ -28,20 +31,18 @@ from datamodules.experience import Experience, FinishReason, Prompt, Rollouts
 from datamodules.loader import Rows
 from datamodules.rewards import RewardFunction
 from lightning_modules.backbones.causal_lm import completion_logprobs, load_causal_lm
-from lightning_modules.base import BaseModule, gather_objects
+from lightning_modules.evaluation import EvaluatedModule, by_domain
 from lightning_modules.functional.choices import check_choice
 from lightning_modules.functional.policy_losses import Aggregation, aggregate, sampler_weights
 from lightning_modules.functional.sums import (
     Metrics,
     masked_sum_count,
-    means,
-    merge,
     moments,
 )
 from lightning_modules.ops import LogprobEntropy, TopK, TopP
 
 
-class PolicyModule(BaseModule):
+class PolicyModule(EvaluatedModule):
     """The family of policy-RL methods.
 
     Args:
@@ -57,6 +58,10 @@ class PolicyModule(BaseModule):
             allows it; equal to rounding.
         sampler_correction: Cap of the importance weight between the trainer's and the sampler's
             log-probs (see ``functional.policy_losses.sampler_weights``); None for no weights.
+        eval_samples: Samples a prompt of a validation or test, besides the greedy completion:
+            rows ``sampled/...`` with means over samples and ``pass_at_<n>``; 0 for none.
+        eval_temperature: Of these samples.
+        eval_top_p: Nucleus mass of these samples.
         **kwargs: Of ``BaseModule``.
 
     Raises:
@@ -75,6 +80,9 @@ class PolicyModule(BaseModule):
         with_entropy: bool = True,
         share_prompts: bool = True,
         sampler_correction: float | None = None,
+        eval_samples: int = 0,
+        eval_temperature: float = 1.0,
+        eval_top_p: float = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -101,6 +109,7 @@ class PolicyModule(BaseModule):
                     sampler_correction is None or sampler_correction > 0,
                     "above 0, or null for none",
                 ),
+                ("eval_samples", eval_samples, eval_samples >= 0, "0 (none) or more"),
             )
             if not is_right
         ]
@@ -115,12 +124,14 @@ class PolicyModule(BaseModule):
         self.with_entropy = with_entropy
         self.share_prompts = share_prompts
         self.sampler_correction = sampler_correction
-        #: What else the head computes in training: gradients through the entropy, and the entropy
-        #: of a trust region of the vocabulary (``ops.TopK``, ``ops.TopP``). Methods set them.
+        self.eval_samples = eval_samples
+        self.eval_temperature, self.eval_top_p = eval_temperature, eval_top_p
+        #: What else a training pass gives: hidden states for ``auxiliary_loss``, gradients through
+        #: the entropy, the entropy of a trust region (``ops.TopK``, ``ops.TopP``).
+        self.needs_hidden = False
         self.entropy_grad = False
         self.region: TopK | TopP | None = None
         self.reference: Any = None
-        self._evaluation: dict[str, Metrics] = {}
 
     def build(self) -> None:
         """The policy and, where a KL needs it and no adapter can be switched off, a frozen copy."""
@@ -182,6 +193,18 @@ class PolicyModule(BaseModule):
         """A further loss a token ``(N, T)``, or None, and metrics."""
         return None, {}
 
+    def auxiliary_loss(
+        self, hidden: Tensor | None, batch: Experience
+    ) -> tuple[Tensor | None, Metrics]:
+        """Loss a token ``(N, T)`` of further parts, or None, and metrics.
+
+        Args:
+            hidden: ``(K, H)`` states that predict the K tokens of ``batch.mask``, row by row, where
+                ``needs_hidden`` asks for them.
+            batch: As in ``policy_loss``.
+        """
+        return None, {}
+
     # ------------------------------------------------------------------ the step
 
     def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
@@ -196,7 +219,9 @@ class PolicyModule(BaseModule):
             with_entropy=self.with_entropy,
             entropy_grad=self.entropy_grad,
             region=self.region,
+            output="both" if self.needs_hidden else "tokens",
         )
+        tokens, hidden = tokens if self.needs_hidden else (tokens, None)
         per_token, metrics = self.policy_loss(tokens, batch)
         self.record({f"train/{name}": value for name, value in metrics.items()})
         if self.sampler_correction is not None:
@@ -210,6 +235,10 @@ class PolicyModule(BaseModule):
         self.record({f"train/{name}": value for name, value in metrics.items()})
         if penalty is not None:
             per_token = per_token + penalty
+        auxiliary, metrics = self.auxiliary_loss(hidden, batch)
+        self.record({f"train/{name}": value for name, value in metrics.items()})
+        if auxiliary is not None:
+            per_token = per_token + auxiliary
         # Lightning divides by the window's micro-batches; the denominators are the window's own
         loss = batch.window_size * aggregate(
             per_token,
@@ -237,25 +266,41 @@ class PolicyModule(BaseModule):
 
     def logprobs_without_grad(self, rollouts: Rollouts, policy: Any) -> Tensor:
         """Log-probs ``(N, T)`` of completions under ``policy``, in batches, on the CPU."""
-        full = rollouts.batch()
-        was_training = policy.training
-        policy.eval()
-        pieces = []
-        for start in range(0, len(full), self.annotate_batch_size):
-            rows = torch.arange(start, min(start + self.annotate_batch_size, len(full)))
-            piece = full.select(rows)
-            result = completion_logprobs(
+
+        def logprobs(piece: Experience) -> Tensor:
+            return completion_logprobs(
                 policy,
-                piece.input_ids.to(self.device),
-                piece.prompt_lengths.to(self.device),
-                piece.mask.to(self.device),
-                groups=piece.groups.to(self.device) if self.share_prompts else None,
+                piece.input_ids,
+                piece.prompt_lengths,
+                piece.mask,
+                groups=piece.groups if self.share_prompts else None,
                 temperature=self.temperature,
                 with_entropy=False,
             ).logprob
+
+        return self.without_grad(rollouts, policy, logprobs)
+
+    @torch.no_grad()
+    def without_grad(
+        self, rollouts: Rollouts, part: Any, compute: Callable[[Experience], Tensor]
+    ) -> Tensor:
+        """``compute(piece)`` of ``annotate_batch_size`` rows at a time, ``(N, T)`` on the CPU.
+
+        Args:
+            rollouts: Whose completions.
+            part: The module that computes; in eval mode meanwhile.
+            compute: From rows on this module's device to ``(n, t)``.
+        """
+        full = rollouts.batch()
+        was_training = part.training
+        part.eval()
+        pieces = []
+        for start in range(0, len(full), self.annotate_batch_size):
+            rows = torch.arange(start, min(start + self.annotate_batch_size, len(full)))
+            result = compute(move_data_to_device(full.select(rows), self.device))
             width = full.mask.shape[1] - result.shape[1]
             pieces.append(torch.nn.functional.pad(result.detach().float().cpu(), (0, width)))
-        policy.train(was_training)
+        part.train(was_training)
         return torch.cat(pieces)
 
     # ------------------------------------------------------------------ metrics of rollouts
@@ -280,60 +325,39 @@ class PolicyModule(BaseModule):
 
     # ------------------------------------------------------------------ evaluation
 
-    def validation_step(self, batch: Rows, batch_idx: int) -> None:
-        """Evaluate one batch of records."""
-        self.add_evaluation(self.evaluate(batch, "val"))
+    def evaluate(self, batch: Rows, split: str) -> dict[str, dict[str, Any]]:
+        """Greedy completions of a batch of records, verified; samples, too (``eval_samples``).
 
-    def test_step(self, batch: Rows, batch_idx: int) -> None:
-        """Evaluate one batch of records."""
-        self.add_evaluation(self.evaluate(batch, "test"))
-
-    def evaluate(self, batch: Rows, split: str) -> dict[str, Metrics]:
-        """Greedy completions of a batch of records, verified: ``reward`` and the other parts."""
+        Returns:
+            Arm -> name -> (sum, count): ``reward`` and the other parts, by domain where the batch
+            has several (``reward/<domain>``).
+        """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         prompts = [data.task.prompt(record) for record in batch.items]
+        counted = torch.tensor(batch.counted)
         data.engine.sync(self.policy, self.global_step)
         sampling = Sampling(temperature=0.0, max_new_tokens=self.max_new_tokens)
-        groups = data.engine.generate(prompts, sampling)
-        rollouts = Rollouts.from_groups(prompts, groups)
-        counted = torch.tensor(batch.counted)
-        parts = self.score(rollouts, data.reward)
-        return {"": {name: masked_sum_count(value, counted) for name, value in parts.items()}}
+        found = {"": self._verified(prompts, sampling, data)}
+        if self.eval_samples:
+            sampling = Sampling(
+                temperature=self.eval_temperature,
+                top_p=self.eval_top_p,
+                samples=self.eval_samples,
+                max_new_tokens=self.max_new_tokens,
+            )
+            with data.engine.keyed(f"{data.seed}/{split}"):
+                parts = self._verified(prompts, sampling, data)
+            best = parts["reward"].view(len(prompts), -1).amax(1)
+            found["sampled"] = {
+                name: value.view(len(prompts), -1).mean(1) for name, value in parts.items()
+            } | {f"pass_at_{self.eval_samples}": best}
+        domains = [prompt.domain for prompt in prompts]
+        return {arm: by_domain(parts, counted, domains) for arm, parts in found.items()}
 
-    def add_evaluation(self, metrics: dict[str, Metrics]) -> None:
-        """Add metrics of a batch: arm (\"\" for none) -> name -> (sum, count)."""
-        for arm, values in metrics.items():
-            self._evaluation[arm] = merge(self._evaluation.get(arm, {}), values)
-
-    def finish_evaluation(self, split: str) -> dict[str, float]:
-        """Close an evaluation over all ranks: ``split[/arm]/name`` -> mean."""
-        own = {
-            f"{split}/{arm}/{name}" if arm else f"{split}/{name}": (float(total), float(count))
-            for arm, values in self._evaluation.items()
-            for name, (total, count) in values.items()
-        }
-        self._evaluation = {}
-        merged: Metrics = {}
-        for other in gather_objects(own):
-            merged = merge(merged, other)
-        return means(merged)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the validation at the current step."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the test at the current step."""
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, split: str) -> dict[str, float]:
-        values = self.finish_evaluation(split)
-        self.results |= values
-        if not self.trainer.sanity_checking:
-            for logger in self.trainer.loggers:
-                logger.log_metrics(values, step=self.trainer.global_step)
-        self.log_dict(values, logger=False)
-        engine = getattr(getattr(self.trainer, "datamodule", None), "engine", None)
-        if engine is not None:
-            engine.rest()
-        return values
+    def _verified(
+        self, prompts: Sequence[Prompt], sampling: Sampling, data: Any
+    ) -> dict[str, Tensor]:
+        """Parts of the reward, each ``(prompts x samples,)``."""
+        rollouts = Rollouts.from_groups(prompts, data.engine.generate(prompts, sampling))
+        length = torch.tensor([float(len(c.token_ids)) for c in rollouts.completions])
+        return {**self.score(rollouts, data.reward), "length": length}
