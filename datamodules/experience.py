@@ -151,6 +151,13 @@ class Rollouts:
         sizes = torch.tensor([len(c.token_ids) for c in self.completions], dtype=torch.long)
         return torch.arange(int(sizes.max()) if len(sizes) else 0)[None, :] < sizes[:, None]
 
+    def leave_out(self, rows: Tensor) -> None:
+        """Do not train on these rows ``(N,)``; others that were left out stay so."""
+        kept = (
+            torch.ones(len(self), dtype=torch.bool) if self.is_trained is None else self.is_trained
+        )
+        self.is_trained = kept & ~rows
+
     def annotations(self, values: Mapping[str, Tensor | None]) -> None:
         """Keep what the hook ``annotate`` gave: log-probs in fields of their own, others aside."""
         for name, value in values.items():

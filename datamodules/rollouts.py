@@ -10,22 +10,22 @@ so mini-batch j of a rollout is trained j optimizer steps after it was sampled (
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from datamodules.collecting import Clock, mean_over_ranks, without_bad_rewards
 from datamodules.engines.base import Engine
 from datamodules.experience import Experience, Prompt, Rollouts
 from datamodules.loader import Loader, RowSource, Source, check_window, gather_objects
 from datamodules.rewards import RewardFunction, VerifierReward
+from datamodules.stages import counts_at, read_stages
 from datamodules.tasks.base import Task
 
 
@@ -38,6 +38,8 @@ class RolloutDataModule(LightningDataModule):
         reward: Scores rollouts; None takes each task's verifier.
         prompts_per_rollout: Prompts a draw over all ranks: a number for the mixture as it comes,
             or a number for each domain.
+        stages: Sequential training, e.g. ``[{rollouts: 20, domains: [math]}, ...]``: a stage draws
+            its domains only, as many prompts in all as the mixture; the last one goes on.
         mini_batches: Optimizer steps a pass over one rollout.
         passes: Passes over one rollout (PPO epochs).
         micro_batches: Micro-batches an optimizer step (gradient accumulation).
@@ -59,6 +61,7 @@ class RolloutDataModule(LightningDataModule):
         engine: Engine,
         reward: RewardFunction | None = None,
         prompts_per_rollout: int | Mapping[str, int] = 8,
+        stages: Sequence[Mapping[str, Any]] | None = None,
         mini_batches: int = 1,
         passes: int = 1,
         micro_batches: int = 1,
@@ -84,6 +87,7 @@ class RolloutDataModule(LightningDataModule):
             if isinstance(prompts_per_rollout, Mapping)
             else {"": prompts_per_rollout}
         )
+        self.stages = read_stages(stages or [], self.prompts_per_rollout)
         self.mini_batches, self.passes = mini_batches, passes
         self.shares = dict(shares) if shares else None
         self.window = sum(self.shares.values()) if self.shares else micro_batches
@@ -162,8 +166,8 @@ class RolloutDataModule(LightningDataModule):
         trainer = self.trainer
         return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
 
-    def draw_counts(self) -> dict[str, int]:
-        """Prompts of a draw over all ranks, by key of ``prompts_per_rollout``.
+    def draw_counts(self, index: int = 0) -> dict[str, int]:
+        """Prompts of draw ``index`` over all ranks, by key of ``prompts_per_rollout``.
 
         Every rank draws equally many, so that ranks run equally many forward passes: a count is
         rounded up to a multiple of the ranks, or down to what the pool holds.
@@ -173,9 +177,12 @@ class RolloutDataModule(LightningDataModule):
         """
         _, world = self.ranks
         counts = {}
+        asked_for = counts_at(self.stages, index, self.prompts_per_rollout)
         for domain, pool in self.pools().items():
+            if domain not in asked_for:
+                continue
             key = f"data.prompts_per_rollout{'.' + domain if domain else ''}"
-            asked = self.prompts_per_rollout[domain]
+            asked = asked_for[domain]
             if len(pool) < world:
                 raise ValueError(
                     f"{key}={asked}: {len(pool)} training prompts cannot be shared among {world} "
@@ -198,9 +205,9 @@ class RolloutDataModule(LightningDataModule):
         """
         rank, world = self.ranks
         drawn: list[Prompt] = []
-        counts = self.draw_counts()
-        for domain, pool in self.pools().items():
-            count = counts[domain]
+        pools = self.pools()
+        for domain, count in self.draw_counts(index).items():
+            pool = pools[domain]
             per_cycle = len(pool) // count
             generator = torch.Generator()
             generator.manual_seed((self.seed * 1_000_003 + index // per_cycle) % 2**63)
@@ -210,14 +217,16 @@ class RolloutDataModule(LightningDataModule):
         return drawn
 
     def rollouts_per_epoch(self) -> int:
-        """Draws until the smallest pool has been seen once."""
+        """Draws until the smallest pool has been seen once; with stages, all of theirs."""
+        if self.stages:
+            return sum(stage.rollouts for stage in self.stages)
         counts = self.draw_counts()
         return min(len(pool) // counts[domain] for domain, pool in self.pools().items())
 
     def collect(self, index: int) -> Rollouts:
         """Sample and score rollout ``index`` with the attached module's hooks."""
         module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
-        clock = _Clock()
+        clock = Clock()
         prompts = self.draw(index)
         self.engine.sync(module.policy, module.global_step)
         clock.lap("sync")
@@ -227,13 +236,14 @@ class RolloutDataModule(LightningDataModule):
         rollouts.index, rollouts.num_updates = index, self.mini_batches * self.passes
         parts = module.score(rollouts, self.reward)
         rollouts.reward, rollouts.parts = parts["reward"], parts
+        metrics = without_bad_rewards(rollouts)
         clock.lap("score")
         with torch.no_grad():
             rollouts.annotations(module.annotate(rollouts))
-        rollouts.advantages, metrics = module.advantages(rollouts)
+        rollouts.advantages, more = module.advantages(rollouts)
         self.engine.rest()
         clock.lap("annotate")
-        module.record(metrics)
+        module.record(metrics | more)
         module.record(module.rollout_metrics(rollouts))
         self.seconds = clock.laps
         self.last_rollouts = rollouts if self.keep_rollouts else None
@@ -258,7 +268,7 @@ class RolloutDataModule(LightningDataModule):
             window = pieces[start : start + self.window]
             tokens = float(sum(piece.mask.sum() for piece in window))
             sequences = float(sum(piece.mask.any(1).sum() for piece in window))
-            tokens, sequences = _mean_over_ranks([tokens, sequences])
+            tokens, sequences = mean_over_ranks([tokens, sequences])
             for piece in window:
                 piece.window_tokens, piece.window_sequences = tokens, sequences
                 piece.window_size = self.window
@@ -358,22 +368,3 @@ class RolloutSource(Source):
         rank, world = self.data.ranks
         mine = state["pending"][rank] if len(state["pending"]) == world else []
         self.pending = [Experience(**piece) for piece in mine]
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name], self.last = now - self.last, now
-
-
-def _mean_over_ranks(values: Sequence[float]) -> list[float]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return list(values)
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor)
-    return (tensor / dist.get_world_size()).tolist()

@@ -1,4 +1,4 @@
-"""Advantages from rewards alone: what a completion earned beyond the others of its group."""
+"""Advantages: beyond the group's own baseline, or beyond what a critic expected of each token."""
 
 from __future__ import annotations
 
@@ -87,6 +87,58 @@ def group_advantages(
         group_mean=mean[group].to(out),
         group_std=(stats.std * stats.spread)[group].to(out),
     )
+
+
+def generalized_advantages(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    gae_lambda: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimates of completions that end: what follows is worth 0.
+
+    ``delta_t = r_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lambda A_{t+1}`` (GAE, arXiv
+    1506.02438, eq. 16); returns are ``A_t + V_t``. With ``gamma = lambda = 1`` that is the reward
+    still to come minus the value. Our choice, as in verl: a completion that was cut off ends like
+    any other, without a bootstrapped value.
+
+    Args:
+        rewards: ``[N, T]`` reward of each token.
+        values: ``[N, T]`` value of the state in which the token was written.
+        mask: ``[N, T]`` nonzero at completion tokens, without gaps.
+        gamma: Discount a token, in [0, 1].
+        gae_lambda: Weight of longer estimates, in [0, 1].
+
+    Returns:
+        ``(advantages, returns)``, detached, ``[N, T]``, 0 under a zero of the mask.
+
+    Raises:
+        ValueError: Mismatched shapes or a factor out of range.
+
+    Example:
+        >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.25]])
+        >>> generalized_advantages(rewards, values, torch.ones(1, 2))[0]
+        tensor([[0.5000, 0.7500]])
+    """
+    if not rewards.shape == values.shape == mask.shape or rewards.dim() != 2:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (rewards, values, mask))
+        raise ValueError(f"rewards, values and mask must be of one shape [N, T], got {shapes}")
+    for name, factor in (("gamma", gamma), ("gae_lambda", gae_lambda)):
+        if not 0 <= factor <= 1:
+            raise ValueError(f"{name}={factor} must be in [0, 1]")
+    live = mask.to(torch.bool)
+    values = torch.where(live, values.detach(), 0.0)
+    rewards = torch.where(live, rewards.detach(), 0.0).to(values.dtype)
+    following = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    deltas = rewards + gamma * following - values
+    advantages = torch.zeros_like(values)
+    running = values.new_zeros(len(values))
+    for step in reversed(range(values.shape[1])):
+        running = torch.where(live[:, step], deltas[:, step] + gamma * gae_lambda * running, 0.0)
+        advantages[:, step] = running
+    return advantages, torch.where(live, advantages + values, 0.0)
 
 
 class _GroupStatistics(NamedTuple):

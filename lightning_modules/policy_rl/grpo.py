@@ -11,7 +11,8 @@ mean, divided by the group's standard deviation; all its tokens share it:
 
 Variants as settings: Dr. GRPO (``normalize_std=false loss_aggregation=sequence_sum_const``), RLOO
 (``baseline=leave_one_out normalize_std=false``), DAPO's clip-higher (``clip_high=0.28``), dual clip
-(``dual_clip=3``), sequence mean as in the GRPO paper (``loss_aggregation=sequence_mean``).
+(``dual_clip=3``), DAPO's overlong filter (``train_truncated=false``), sequence mean as in the GRPO
+paper (``loss_aggregation=sequence_mean``).
 
 Hooks overridden: ``advantages``, ``policy_loss``, ``regularizer``.
 
@@ -24,9 +25,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from datamodules.experience import Experience, Rollouts
+from datamodules.experience import Experience, FinishReason, Rollouts
 from lightning_modules.functional.advantages import group_advantages
 from lightning_modules.functional.policy_losses import clipped_policy_loss, kl_penalty
 from lightning_modules.functional.sums import Metrics, masked_sum_count
@@ -45,6 +47,8 @@ class GRPO(PolicyModule):
         kl_estimator: ``k1``, ``k2`` or ``k3`` (see ``functional.policy_losses.kl_penalty``).
         normalize_std: Divide advantages by the group's standard deviation.
         baseline: ``mean`` or ``leave_one_out``.
+        train_truncated: Train on completions that were cut off; without (DAPO's overlong filter)
+            they count in their group's baseline but give no gradient.
         **kwargs: Of ``PolicyModule``.
     """
 
@@ -58,6 +62,7 @@ class GRPO(PolicyModule):
         kl_estimator: Literal["k1", "k2", "k3"] = "k3",
         normalize_std: bool = True,
         baseline: Literal["mean", "leave_one_out"] = "mean",
+        train_truncated: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**{"needs_reference": kl_coef != 0.0} | kwargs)
@@ -66,10 +71,14 @@ class GRPO(PolicyModule):
         self.kl_estimator: Literal["k1", "k2", "k3"] = kl_estimator
         self.normalize_std = normalize_std
         self.baseline: Literal["mean", "leave_one_out"] = baseline
+        self.train_truncated = train_truncated
 
     def advantages(self, rollouts: Rollouts) -> tuple[Tensor, Metrics]:
         """Group-relative advantages ``(N,)``; groups are prompts, so tasks share no baseline."""
         assert rollouts.reward is not None
+        if not self.train_truncated:
+            ended = [c.finish_reason is FinishReason.STOP for c in rollouts.completions]
+            rollouts.leave_out(~torch.tensor(ended))
         result = group_advantages(
             rollouts.reward,
             rollouts.groups,
