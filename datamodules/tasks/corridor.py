@@ -2,8 +2,9 @@
 
 The miniature of our TRE card, section 9 [our choice; measured there]. At position t of T only the
 ``num_classes`` words of that position are valid (their number is their class); all other words of
-the vocabulary, most of which are valid nowhere, are the tail. A walk is valid if every word is, and
-if it then ends. Rewards:
+the vocabulary, most of which are valid nowhere, are the tail. A walk is valid if every word is; it
+is cut after T words (``reward.truncated: null``), or, with ``end_token``, it must end by itself
+there. Then one position has a single valid word, and a region of K tokens feeds the tail. Rewards:
 
 * ``sparse``: 1 if the walk is valid and its class at each key position is 1, else 0.
 * ``deceptive``: 1 as above; 0.3 if it is valid and none of these classes is 1, else 0.
@@ -37,6 +38,7 @@ class Corridor(Task):
         num_classes: Valid words a position.
         num_keys: Key positions, spread evenly over the walk.
         reward: ``sparse`` or ``deceptive``.
+        end_token: Whether a walk must end by itself.
         prior: Probability of each class in the demonstrations.
         num_train: Records of the split ``train``.
         num_val: Records of the split ``val``.
@@ -61,6 +63,7 @@ class Corridor(Task):
         num_classes: int = 4,
         num_keys: int = 3,
         reward: Literal["sparse", "deceptive"] = "sparse",
+        end_token: bool = False,
         prior: Sequence[float] = (0.85, 0.05, 0.05, 0.05),
         num_train: int = 64,
         num_val: int = 4,
@@ -85,7 +88,8 @@ class Corridor(Task):
             raise ValueError("; ".join(problems))
         self.vocabulary_size, self.length, self.num_classes = vocabulary_size, length, num_classes
         self.keys = tuple(int((i + 0.5) * length / num_keys + 0.5) for i in range(num_keys))
-        self.reward, self.prior, self.seed = reward, tuple(prior), seed
+        self.reward, self.end_token = reward, end_token
+        self.prior, self.seed = tuple(prior), seed
         self.sizes = {"train": num_train, "val": num_val, "test": num_test}
 
     def vocabulary(self) -> list[str]:
@@ -116,19 +120,21 @@ class Corridor(Task):
             task=self,
             domain=self.name,
             record=record,
-            max_new_tokens=self.length + 1,
+            max_new_tokens=self.length + int(self.end_token),
         )
 
     def verify(self, prompt: Prompt, completion: Completion) -> dict[str, float]:
         """``reward``, ``valid`` (the whole walk) and ``keys`` (share of keys of class 1)."""
-        walk, is_ended = list(completion.token_ids), completion.finish_reason is FinishReason.STOP
-        if walk and walk[-1] == self.tokenizer.eos_token_id:
+        walk = list(completion.token_ids)
+        if self.end_token and walk and walk[-1] == self.tokenizer.eos_token_id:
             walk.pop()
+        wanted = FinishReason.STOP if self.end_token else FinishReason.LENGTH
         classes = [
             self._ids[t].index(word) if t < self.length and word in self._ids[t] else None
             for t, word in enumerate(walk)
         ]
-        is_valid = is_ended and len(walk) == self.length and None not in classes
+        is_over = completion.finish_reason is wanted
+        is_valid = is_over and len(walk) == self.length and None not in classes
         hits = [t < len(classes) and classes[t] == 1 for t in self.keys]
         reward = float(is_valid and all(hits))
         if self.reward == "deceptive" and is_valid and not any(hits):
@@ -142,5 +148,5 @@ class Corridor(Task):
         walks = [
             [ids[rng.choices(classes, self.prior)[0]] for ids in self._ids] for _ in range(count)
         ]
-        end = self.tokenizer.eos_token_id
-        return [Demonstration((self._start,), (*walk, end), self.name) for walk in walks]
+        end = (self.tokenizer.eos_token_id,) if self.end_token else ()
+        return [Demonstration((self._start,), (*walk, *end), self.name) for walk in walks]
