@@ -53,6 +53,7 @@ class ClaimOptions:
         pairs: ``[label, "arm/inference", "arm/inference"]``: differences by seed, the second from
             the first; None makes them from ``baseline_arm``.
         extra: Tags shown once an arm, such as ``test/conf_auc``.
+        curves: Tags drawn over the steps, such as ``rollout/reward_mean``.
     """
 
     metrics: list[str] | None = None
@@ -60,6 +61,7 @@ class ClaimOptions:
     rows: list[str] | None = None
     pairs: list[list[str]] | None = None
     extra: list[str] = field(default_factory=list)
+    curves: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, folder: Path, arms: Sequence[str]) -> ClaimOptions:

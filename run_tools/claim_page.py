@@ -47,6 +47,8 @@ class Page:
         seconds: Of each run that recorded its time.
         num_runs: Finished runs.
         figure: File name of the figure.
+        along: What happened along the way: one row an arm.
+        curves: File name of the figure of curves; empty for none.
     """
 
     claim: str
@@ -60,6 +62,8 @@ class Page:
     seconds: list[float]
     num_runs: int
     figure: str
+    along: Table = field(default_factory=lambda: Table(["arm"]))
+    curves: str = ""
 
     def markdown(self) -> str:
         """The page; the same parts give the same bytes."""
@@ -83,6 +87,9 @@ class Page:
                 f"sides have. In brackets: seeds whose difference has the sign of the mean, of "
                 f"all such seeds."
             )
+        if self.curves:
+            parts += ["## Along the way", self.along.markdown()]
+            parts.append(f"![Curves by arm: mean, and lowest to highest seed]({self.curves})")
         if self.extra.body:
             parts += ["## Further measurements", self.extra.markdown()]
         parts += ["## How it was made", self._origin()]

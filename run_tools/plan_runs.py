@@ -142,7 +142,6 @@ class Runs:
             steps.measure_decoding(
                 module, work.request, step.numbers, is_cuda=own["is_cuda"], is_padded=share < 1
             )
-        for name, value in steps.measure_annotate(module, rollouts, step.numbers, **own).items():
-            setattr(rollouts, name, value)
+        rollouts.annotations(steps.measure_annotate(module, rollouts, step.numbers, **own))
         pieces = steps.micro_batches(module, data, rollouts)
         return max(pieces, key=lambda piece: piece.input_ids.numel())

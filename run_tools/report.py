@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from run_tools.claim_curves import curve_table, draw_curves, read_curves
 from run_tools.claim_figure import draw_claim
 from run_tools.claim_options import ClaimOptions, Shown, find_claim, tag_of
 from run_tools.claim_page import Page, Table, print_page
@@ -155,6 +156,7 @@ def report(
     target, image = Path(folder, f"{name}.md"), Path(folder, f"{name}.png")
     _draw(image, name, shown, cells)
     text = source / "README.md"
+    along, lines = _along(name, arms, output_dir, options.curves, Path(folder))
     page = Page(
         claim=name,
         text=text.read_text(encoding="utf-8") if text.is_file() else "",
@@ -167,13 +169,36 @@ def report(
         seconds=[s for runs in arms.values() for s in values_of(runs, "time/wall_s").values()],
         num_runs=sum(len(runs) for runs in arms.values()),
         figure=image.name,
+        along=along,
+        curves=lines.name if lines else "",
     )
     unfinished = target.with_suffix(".unfinished")
     unfinished.write_text(page.markdown(), encoding="utf-8")
     os.replace(unfinished, target)
-    print_page(f"claim {name}", page, [f"page: {target}", f"figure: {image}"])
+    figures = [f"figure: {one}" for one in (image, lines) if one]
+    print_page(f"claim {name}", page, [f"page: {target}", *figures])
     means = {"/".join(part for part in key if part): c.mean for key, c in cells.items()}
     return means | {f"{arm}/seeds": float(len(runs)) for arm, runs in sorted(arms.items())}
+
+
+def _along(
+    claim: str, arms: Arms, output_dir: str | Path, tags: Sequence[str], folder: Path
+) -> tuple[Table, Path | None]:
+    """The table of what happened along the way and its figure, where curves are asked for."""
+    folders = {
+        (arm, seed): path.parent
+        for path in sorted(Path(output_dir, claim).glob("*/*/metrics.json"))
+        if (arm := path.parent.parent.name) in arms
+        for seed in [int(json.loads(path.read_text(encoding="utf-8"))["seed"])]
+    }
+    curves = read_curves(folders, tags) if tags else {}
+    found = [tag for tag in tags if any(tag == key[1] for key in curves)]
+    if not found:
+        return Table(["arm"]), None
+    image = folder / f"{claim}_curves.png"
+    title = f"{claim}: mean over seeds, and lowest to highest"
+    draw_curves(image, title, curves, found)
+    return curve_table(curves, found, lambda v: str(cell(v)) if v else NO_VALUE), image
 
 
 def _draw(

@@ -43,7 +43,7 @@ SHORT = [
     "data.eval_batch_size=4",
 ]
 #: Keys that say how long a run took, or how much memory, and so differ from run to run.
-MEASURED = ("time/", "perf/", "mem/")
+MEASURED = ("time/", "perf/", "mem/", "surgery/ms")
 
 
 def environment(**extra: str) -> dict[str, str]:
