@@ -29,12 +29,13 @@ from run_tools.checkpoints import backbone_of_checkpoint, load_checkpoint, namin
 from run_tools.checks import check_config, trainer_values
 from run_tools.folder import RunFolder, changed_keys
 from run_tools.hparams import log_hyperparameters
+from run_tools.merged import prepare_merge
 from run_tools.messages import explain
 from run_tools.table import print_table
 from run_tools.terminal import footer_lines, leave_group, leave_now, quiet
 
-#: Keys of the group ``backbone`` that only the warm start reads.
-TINY_KEYS = ("tiny", "warm_start")
+#: Keys of the group ``backbone`` that only say how its folder is made.
+TINY_KEYS = ("tiny", "warm_start", "merge")
 CONF = Path(__file__).resolve().parent / "conf"
 
 
@@ -240,7 +241,9 @@ def run_one(config: DictConfig, folder: RunFolder) -> dict[str, Any]:
 def prepare_backbone(config: DictConfig, data: Any) -> dict[str, Any]:
     """Plain options of the backbone to start from: a path, a checkpoint's own, or a tiny one."""
     options = plain(config.backbone)
-    tiny, warm_start = options.pop("tiny"), options.pop("warm_start")
+    tiny, warm_start, merge = (options.pop(key) for key in TINY_KEYS)
+    if merge:
+        options["path"] = str(prepare_merge(merge, config.cache_dir))
     is_whole = not config.lora.enabled  # a checkpoint of adapters has no other weights
     if not options["path"] and config.ckpt_path and is_whole and not config.mode.startswith("fit"):
         options |= {

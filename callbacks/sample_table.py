@@ -70,7 +70,7 @@ class SampleTable(Callback):
         self._seen = rollouts.index
         step = trainer.global_step
         records = _records(rollouts, step)
-        kept = records if self.keep == "all" else _extremes(records)
+        kept = _replayable(records, rollouts) if self.keep == "all" else _extremes(records)
         self._append(kept)
         if not first and step % self.every_n_steps:
             return
@@ -126,6 +126,17 @@ def _records(rollouts: Any, step: int) -> list[dict[str, Any]]:
             }
         )
     return records
+
+
+def _replayable(records: list[dict[str, Any]], rollouts: Any) -> list[dict[str, Any]]:
+    """Records with the candidates of every position, unrounded: they say where a tree branches."""
+    found = [completion.candidates for completion in rollouts.completions]
+    return [
+        record
+        if one is None
+        else record | {"candidates": {"ids": one.ids.tolist(), "logprobs": one.logprobs.tolist()}}
+        for record, one in zip(records, found, strict=True)
+    ]
 
 
 def _extremes(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

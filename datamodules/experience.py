@@ -134,7 +134,7 @@ class Rollouts:
         return cls(
             prompts=[p for p, size in zip(prompts, sizes, strict=True) for _ in range(size)],
             completions=[completion for group in groups for completion in group],
-            groups=torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)),
+            groups=torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes, dtype=torch.long)),
         )
 
     def __len__(self) -> int:

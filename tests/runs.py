@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,23 @@ SHORT = [
     "data.task.num_test=4",
     "data.eval_batch_size=4",
 ]
+#: What shrinks any model, where it has the key (see ``small``).
+FEW = [
+    *SMALL,
+    *SHORT,
+    "data.task.num_keys=1",
+    "model.num_votes=2",
+    "model.eval_samples=2",
+    "data.build_samples=4",
+    *(f"data.prompts_per_rollout.{domain}=4" for domain in ("math", "chat", "if")),
+    *(
+        f"data.task.tasks.{domain}.{split}={count}"
+        for domain in ("math", "chat", "if")
+        for split, count in (("num_train", 24), ("num_val", 4), ("num_test", 4))
+    ),
+]
+#: One optimizer step a rollout, where a model takes several.
+ONE_UPDATE = ["data.passes=1", "data.mini_batches=1"]
 #: Keys that say how long a run took, or how much memory, and so differ from run to run.
 MEASURED = ("time/", "perf/", "mem/", "surgery/ms")
 
@@ -309,6 +326,12 @@ def existing(overrides: Sequence[str], config: Any) -> list[str]:
     nothing = object()
     keys = [(text, text.lstrip("+").split("=")[0]) for text in overrides]
     return [t for t, key in keys if OmegaConf.select(config, key, default=nothing) is not nothing]
+
+
+def small(model: str, compose: Callable[..., Any], *more: str) -> list[str]:
+    """Overrides that choose a model and shrink it; of ``more`` those that it has."""
+    own = f"model={model}"
+    return [own, *existing([*FEW, *more], compose(own))]
 
 
 class SaveLoaded(Callback):

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from run_tools.folder import RunFolder, flatten
-from tests.runs import REPO, SHORT, SMALL, board, command, main, read_jsonl, scalars
+from tests.data_files import data_options, write_reward_model
+from tests.runs import ONE_UPDATE, REPO, SMALL, board, command, main, read_jsonl, scalars, small
 
 CONF = REPO / "conf"
 UNFITTED = [*SMALL, "backbone.warm_start.steps=0"]
@@ -46,15 +47,9 @@ def test_the_groups_are_those_of_the_design() -> None:
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small preference file."""
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    rows = [
-        {"question": f"{i}?", "response_A": "a", "response_B": "b", "label": "AB"[i % 2]}
-        for i in range(12)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny reward model."""
+    return write_reward_model(tmp_path_factory.mktemp("reward"))
 
 
 def build(config: Any, folder: Path) -> tuple[Any, Any, Any]:
@@ -97,19 +92,19 @@ def test_model(model: str, make_config: Make, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("group", "name"), PARTS, ids=[f"{g}={n}" for g, n in PARTS])
 def test_option(
-    group: str, name: str, make_config: Make, tmp_path: Path, pairs: Path, tiny_folder: Path
+    group: str, name: str, make_config: Make, tmp_path: Path, reward_model: Path, tiny_folder: Path
 ) -> None:
     script = tmp_path / "script.jsonl"
     script.write_text('{"uid": "1", "token_ids": [3]}\n')
     needs = {
         "backbone=hf": [f"backbone.path={tiny_folder}", "backbone.dtype=float32"],
-        "data=preference_file": [f"data.path={pairs}"],
+        "reward=model": [f"reward.path={reward_model}", "reward.dtype=float32"],
         "engine=scripted": [f"engine.path={script}"],
         "trainer=fsdp": ["trainer.accelerator=cpu"],
         "trainer=slurm": ["trainer.accelerator=cpu"],
     }
     choice = f"{group}={name}"
-    own = needs.get(choice, [])
+    own = needs.get(choice, data_options(tmp_path, name) if group == "data" else [])
     tiny = [] if choice == "backbone=hf" else UNFITTED
     model = [] if group == "model" else ["model=grpo"]
     config = make_config(*model, choice, *own, *tiny, smoke=False)
@@ -117,12 +112,16 @@ def test_option(
 
 
 @pytest.mark.parametrize("name", options("experiment"))
-def test_experiment(name: str, make_config: Make, tmp_path: Path, pairs: Path) -> None:
-    recipe = OmegaConf.load(CONF / "experiment" / f"{name}.yaml")
+def test_experiment(name: str, make_config: Make, tmp_path: Path, reward_model: Path) -> None:
+    recipe: Any = OmegaConf.load(CONF / "experiment" / f"{name}.yaml")
     small: list[str] = []
     if name.endswith("_paper"):
         small = ["backbone=tiny", "backbone.path=null", "trainer=auto", "engine=hf"]
-        small += ["trainer.precision=32-true", f"data.path={pairs}"]
+        groups = {k: v for one in recipe.defaults if one != "_self_" for k, v in one.items()}
+        small += ["trainer.precision=32-true"]
+        small += data_options(tmp_path, groups["override /data"])
+        if "override /reward" in groups:
+            small += [f"reward.path={reward_model}", "reward.dtype=float32"]
     config = make_config(f"experiment={name}", *small, *UNFITTED, smoke=False)
     build(config, tmp_path)
     wanted = {k: v for k, v in flatten(OmegaConf.to_container(recipe)).items() if k != "defaults"}
@@ -202,11 +201,14 @@ def test_help_lists_groups_options_and_commands() -> None:
 
 @pytest.fixture(scope="module", params=MODELS)
 def finished(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, warm_cache: Path
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    warm_cache: Path,
+    compose: Make,
 ) -> Path:
     """The run folder of a model's smoke run."""
     folder = tmp_path_factory.mktemp("smoke")
-    overrides = [f"model={request.param}", *SMALL, *SHORT, "hydra/job_logging=none"]
+    overrides = [*small(request.param, compose, *ONE_UPDATE), "hydra/job_logging=none"]
     arguments = command(*overrides, output_dir=folder, cache_dir=warm_cache)[2:]
     status, output, errors = main(*arguments)
     assert status == 0, errors
@@ -224,7 +226,7 @@ def test_files_of_a_run(finished: Path) -> None:
     assert {name for name in names if "events.out.tfevents" not in name} == expected
 
 
-def test_metrics_and_config_of_a_run(finished: Path, make_config: Make) -> None:
+def test_metrics_and_config_of_a_run(finished: Path, make_config: Make, compose: Make) -> None:
     metrics = json.loads((finished / "metrics.json").read_text())
     always = {"seed", "model", "time/wall_s", "time/train_s", "mem/peak_gib", "steps", "bad_steps"}
     assert always <= metrics.keys()
@@ -235,7 +237,7 @@ def test_metrics_and_config_of_a_run(finished: Path, make_config: Make) -> None:
     assert "${" not in text, "resolved"
     assert "???" not in text
     saved = flatten(OmegaConf.to_container(OmegaConf.load(finished / "config.yaml")))
-    composed = make_config(f"model={finished.parent.name}", *SMALL, *SHORT)
+    composed = make_config(*small(finished.parent.name, compose, *ONE_UPDATE))
     with open_dict(composed):
         composed.run_dir, composed.output_dir = str(finished), str(finished.parents[1])
         composed.predictions = f"{finished}/predictions.jsonl"
@@ -277,7 +279,7 @@ def test_tensorboard_of_a_run(finished: Path) -> None:
     tags = reader.Tags()
     prefixes = {tag.split("/")[0] for tag in tags["scalars"] if "/" in tag}
     assert {"train", "rollout", "perf", "val", "test"} <= prefixes
-    assert prefixes <= {"train", "rollout", "perf", "val", "test", "time", "mem"}
+    assert prefixes <= {"train", "rollout", "perf", "val", "test", "time", "mem", "surgery"}
     for tag in ("train/loss", "train/lr", "rollout/reward_mean", "perf/tokens_per_s"):
         assert [step for step, _ in scalars(reader, tag)] == [1, 2]
     for tag in tags["scalars"]:
@@ -303,8 +305,10 @@ def test_tensorboard_of_a_run(finished: Path) -> None:
         for tag, value in reader.PluginTagToContent("hparams").items()
     }
     start = content["_hparams_/session_start_info"].session_start_info
-    assert start.hparams["optimizer.lr"].number_value == pytest.approx(1e-4)
-    assert start.hparams["model.loss_aggregation"].string_value == "token_mean"
+    config = OmegaConf.load(finished / "config.yaml")
+    assert start.hparams["optimizer.lr"].number_value == pytest.approx(config.optimizer.lr)
+    aggregation = start.hparams["model.loss_aggregation"].string_value
+    assert aggregation == config.model.loss_aggregation
     infos = {m.name.tag for m in content["_hparams_/experiment"].experiment.metric_infos}
     final = {k: v for k, v in metrics.items() if isinstance(v, float) and k.startswith("test/")}
     assert final

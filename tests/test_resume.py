@@ -16,9 +16,8 @@ import torch
 
 import train
 from tests.runs import (
+    FEW,
     REPO,
-    SHORT,
-    SMALL,
     assert_same_run,
     assert_same_weights,
     board,
@@ -41,13 +40,11 @@ pytestmark = pytest.mark.slow
 EVERY_STEP = ["callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.every_seconds=null"]
 STEPS = 8
 BASE = [
-    *SMALL,
-    *SHORT,
+    *FEW,
     *EVERY_STEP,
     f"trainer.max_steps={STEPS}",
     "callbacks.sample_table.keep=all",
 ]
-FEW_VOTES = ["model.num_votes=2", "data.build_samples=4"]
 MODELS = sorted(path.stem for path in (REPO / "conf" / "model").glob("[!_]*.yaml"))
 #: Every method, and one whose rollouts last several steps of several micro-batches.
 CASES = {
@@ -93,7 +90,7 @@ def test_run_killed_again_and_again_ends_like_the_unbroken_one(
     case: str, make_config: Make, compose: Make, tmp_path: Path, warm_cache: Path
 ) -> None:
     own = CASES[case]
-    overrides = [*own, *existing([*BASE, *FEW_VOTES], compose(*own))]
+    overrides = [*own, *existing(BASE, compose(*own))]
     expected = train.run(make_config(*overrides, "name=m", "run_id=unbroken"))
     assert expected["steps"] == STEPS
     assert expected["train/grad_norm"] > 0, "a run without gradients would prove nothing"
@@ -118,9 +115,10 @@ def test_run_killed_again_and_again_ends_like_the_unbroken_one(
 
 
 def test_killed_in_an_arm_does_not_train_the_run_again(
-    make_config: Make, tmp_path: Path, warm_cache: Path
+    make_config: Make, compose: Make, tmp_path: Path, warm_cache: Path
 ) -> None:
-    overrides = [*BASE, "model=reflectrm", *FEW_VOTES, "compare=[rft]", "trainer.max_steps=2"]
+    own = ["model=reflectrm"]
+    overrides = [*own, *existing(BASE, compose(*own)), "compare=[rft]", "trainer.max_steps=2"]
     run = tmp_path / "reflectrm" / "s0"
     arm = run / "arms" / "rft"
     started = command(*overrides, output_dir=tmp_path, cache_dir=warm_cache)

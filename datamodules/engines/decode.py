@@ -19,15 +19,20 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from datamodules.engines.base import Sampling
+from datamodules.experience import Candidates
 
 
 @dataclass
 class Decoded:
-    """Token ids and log-probs of one completion; ``is_finished`` where the end token came."""
+    """Token ids and log-probs of one completion; ``is_finished`` where the end token came.
+
+    ``candidates`` holds the most probable tokens at every position, where they were asked for.
+    """
 
     token_ids: list[int]
     logprobs: list[float]
     is_finished: bool
+    candidates: Candidates | None = None
 
 
 class _BufferedLayer(DynamicLayer):
@@ -88,10 +93,32 @@ def choose_tokens(
         Token ids ``(R,)`` and their log-probs (nats, fp32) under the distribution drawn from;
         greedy decoding reports the log-probs of the model itself (temperature 1).
     """
+    tokens, logprobs = _choose(logits, sampling, uniform)
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+def choose_with_candidates(
+    logits: Tensor, sampling: Sampling, uniform: Tensor | None
+) -> tuple[Tensor, Tensor, Candidates | None]:
+    """As ``choose_tokens``, with the ``sampling.candidates`` most probable tokens a row.
+
+    Returns:
+        Token ids ``(R,)``, their log-probs ``(R,)``, and candidates ``(R, C)`` under the same
+        distribution (C at most the vocabulary); None where none are asked for.
+    """
+    tokens, logprobs = _choose(logits, sampling, uniform)
+    own = logprobs.gather(1, tokens[:, None])[:, 0]
+    if not sampling.candidates:
+        return tokens, own, None
+    values, ids = logprobs.topk(min(sampling.candidates, logprobs.shape[-1]))
+    return tokens, own, Candidates(ids.cpu(), values.cpu())
+
+
+def _choose(logits: Tensor, sampling: Sampling, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Tokens ``(R,)`` and the log-probs ``(R, V)`` that they were drawn from."""
     logits = logits.float()
     if uniform is None:
-        tokens = logits.argmax(-1)
-        return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        return logits.argmax(-1), logits.log_softmax(-1)
     if sampling.temperature != 1.0:
         logits = logits / sampling.temperature
     if sampling.top_k:
@@ -107,8 +134,37 @@ def choose_tokens(
     point = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
     # right=True: a token of probability zero spans an empty interval and is never chosen
     tokens = torch.searchsorted(cumulative, point, right=True)[:, 0]
-    tokens = tokens.clamp_(max=logits.shape[-1] - 1)
-    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+    return tokens.clamp_(max=logits.shape[-1] - 1), logprobs
+
+
+class CandidateLog:
+    """Candidates of every row and step of a decoding loop; holds nothing where none are asked for.
+
+    Args:
+        rows: Sequences.
+        steps: Most new tokens.
+    """
+
+    def __init__(self, rows: int, steps: int) -> None:
+        self.shape = (rows, steps)
+        self._ids: Tensor | None = None
+        self._logprobs: Tensor | None = None
+
+    def write(self, rows: Tensor, step: int, candidates: Candidates | None) -> None:
+        """Keep the candidates ``(R, C)`` of ``rows`` ``(R,)`` at ``step``."""
+        if candidates is None:
+            return
+        if self._ids is None or self._logprobs is None:
+            shape = (*self.shape, candidates.ids.shape[1])
+            self._ids, self._logprobs = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
+        self._ids[rows, step] = candidates.ids
+        self._logprobs[rows, step] = candidates.logprobs
+
+    def of(self, row: int, length: int) -> Candidates | None:
+        """The first ``length`` positions of one row, as tensors of their own."""
+        if self._ids is None or self._logprobs is None:
+            return None
+        return Candidates(self._ids[row, :length].clone(), self._logprobs[row, :length].clone())
 
 
 @torch.no_grad()
@@ -152,6 +208,7 @@ def decode(
     ends = torch.tensor(list(eos_ids), device=device)
     tokens = torch.full((len(rows), max(limits)), pad_id, dtype=torch.long)
     logprobs = torch.zeros(len(rows), max(limits))
+    log = CandidateLog(len(rows), max(limits))
     lengths = torch.zeros(len(rows), dtype=torch.long)
     finished = torch.zeros(len(rows), dtype=torch.bool)
     alive = torch.arange(len(rows))  # rows that are still written, as indexes of ``rows``
@@ -160,7 +217,10 @@ def decode(
     while True:
         if len(alive):
             uniform = None if noise is None else noise[alive, step].to(device)
-            chosen, chosen_logprobs = choose_tokens(logits[loop.live], sampling, uniform)
+            chosen, chosen_logprobs, candidates = choose_with_candidates(
+                logits[loop.live], sampling, uniform
+            )
+            log.write(alive, step, candidates)
             tokens[alive, step] = chosen.cpu()
             logprobs[alive, step] = chosen_logprobs.cpu()
             lengths[alive] = step + 1
@@ -175,8 +235,10 @@ def decode(
             break
         logits = loop.advance(chosen, keep.to(device))
     flat = [
-        Decoded(ids[:length].tolist(), values[:length].tolist(), bool(end))
-        for ids, values, length, end in zip(tokens, logprobs, lengths, finished, strict=True)
+        Decoded(ids[:n].tolist(), values[:n].tolist(), bool(end), log.of(row, n))
+        for row, (ids, values, n, end) in enumerate(
+            zip(tokens, logprobs, lengths.tolist(), finished, strict=True)
+        )
     ]
     size = sampling.samples
     return [flat[start : start + size] for start in range(0, len(flat), size)]

@@ -11,8 +11,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from datamodules.engines.base import Engine, Sampling, sample_seed
 from datamodules.engines.decode import (
+    CandidateLog,
     Decoded,
-    choose_tokens,
+    choose_with_candidates,
     decode,
     supports_buffered_cache,
     uniforms,
@@ -126,9 +127,8 @@ class HFEngine(Engine):
 
     def _completion(self, decoded: Decoded) -> Completion:
         reason = FinishReason.STOP if decoded.is_finished else FinishReason.LENGTH
-        return Completion(
-            tuple(decoded.token_ids), tuple(decoded.logprobs), reason, self.policy_version
-        )
+        ids, logprobs = tuple(decoded.token_ids), tuple(decoded.logprobs)
+        return Completion(ids, logprobs, reason, self.policy_version, decoded.candidates)
 
     def _decode(
         self,
@@ -158,14 +158,15 @@ def _has_fixed_rope(config: Any) -> bool:
 class _Chooser(LogitsProcessor):
     """Makes ``generate`` take our token: everything else gets minus infinity."""
 
-    def __init__(self, sampling: Sampling, noise: torch.Tensor | None) -> None:
-        self.sampling, self.noise, self.step = sampling, noise, 0
+    def __init__(self, sampling: Sampling, noise: torch.Tensor | None, log: CandidateLog) -> None:
+        self.sampling, self.noise, self.step, self.log = sampling, noise, 0, log
         self.logprobs: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         uniform = None if self.noise is None else self.noise[:, self.step].to(scores.device)
-        tokens, logprobs = choose_tokens(scores, self.sampling, uniform)
+        tokens, logprobs, candidates = choose_with_candidates(scores, self.sampling, uniform)
         self.logprobs.append(logprobs.cpu())
+        self.log.write(torch.arange(len(scores)), self.step, candidates)
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
@@ -194,7 +195,8 @@ def _decode_with_generate(
     noise = None
     if sampling.temperature > 0:
         noise = uniforms([seed for group in seeds for seed in group], max(limits))
-    chooser = _Chooser(sampling, noise)
+    log = CandidateLog(len(prompts) * repeat, max(limits))
+    chooser = _Chooser(sampling, noise, log)
     output = policy.generate(
         input_ids=ids.repeat_interleave(repeat, 0).to(device),
         attention_mask=mask.repeat_interleave(repeat, 0).to(device),
@@ -211,5 +213,5 @@ def _decode_with_generate(
         end = next((i for i, token in enumerate(tokens) if token in eos_ids), None)
         length = len(tokens) if end is None else end + 1
         values = logprobs[row, :length].tolist()
-        rows.append(Decoded(tokens[:length], values, end is not None))
+        rows.append(Decoded(tokens[:length], values, end is not None, log.of(row, length)))
     return [rows[start : start + repeat] for start in range(0, len(rows), repeat)]

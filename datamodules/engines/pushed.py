@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from datamodules.engines.base import Engine, Sampling, sample_seed
 from datamodules.engines.policies import Ranks, Stamp, eos_ids, named_weights
-from datamodules.experience import Completion, FinishReason, Prompt
+from datamodules.experience import Candidates, Completion, FinishReason, Prompt
 
 #: How vLLM names the end of a completion; anything else is an error.
 REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
@@ -41,12 +41,39 @@ class Answer:
         logprobs: Under the distribution that was sampled from.
         finish_reason: As vLLM names it.
         labels: Of the weights that wrote the tokens.
+        candidates: The most probable tokens at every position, where they were asked for.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str | None
     labels: frozenset[str]
+    candidates: Candidates | None = None
+
+
+def top_candidates(positions: Sequence[Mapping[int, float]], count: int) -> Candidates | None:
+    """Candidates of one answer; vLLM reports the sampled token as well, whatever its rank.
+
+    Args:
+        positions: Log-prob by token id at every position, at least ``count`` of them.
+        count: Most probable tokens wanted; 0 for none.
+
+    Returns:
+        ``(L, count)`` ids and log-probs, ties by token id.
+
+    Raises:
+        ValueError: A position reports fewer tokens.
+    """
+    if not count:
+        return None
+    rows = [sorted(one.items(), key=lambda pair: (-pair[1], pair[0]))[:count] for one in positions]
+    if any(len(row) < count for row in rows):
+        raise ValueError(
+            f"{count} candidates a position were asked for and vLLM reports fewer: the "
+            f"vocabulary or its max_logprobs is smaller (model.num_candidates)"
+        )
+    pairs = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), count, 2)
+    return Candidates(pairs[..., 0].long(), pairs[..., 1].float())
 
 
 class PushedEngine(Engine):
@@ -184,7 +211,7 @@ class PushedEngine(Engine):
             "max_tokens": limit,
             "stop_token_ids": self._end_ids,
             "ignore_eos": True,  # the configuration's own, where the generation defaults differ
-            "logprobs": 0,  # of the sampled token alone
+            "logprobs": sampling.candidates,  # 0: of the sampled token alone
             "detokenize": False,
         }
         if sampling.temperature > 0:
@@ -201,4 +228,5 @@ class PushedEngine(Engine):
 
     def _completion(self, answer: Answer) -> Completion:
         reason = REASONS.get(answer.finish_reason or "", FinishReason.ERROR)
-        return Completion(answer.token_ids, answer.logprobs, reason, self.policy_version)
+        ids, logprobs = answer.token_ids, answer.logprobs
+        return Completion(ids, logprobs, reason, self.policy_version, answer.candidates)

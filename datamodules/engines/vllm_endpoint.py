@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from datamodules.engines.pushed import Answer, Request
+from datamodules.engines.pushed import Answer, Request, top_candidates
 
 MAX_ANSWER_BYTES = 2**28
 GENERATE = "/inference/v1/generate"
@@ -134,15 +134,17 @@ class Endpoint:
     def complete(self, request: Request) -> Answer:
         """One completion."""
         body = {"token_ids": request.prompt_ids, "sampling_params": request.parameters}
-        return read_answer(self.ask(GENERATE, body), f"{self.url}{GENERATE}")
+        count = int(request.parameters.get("logprobs") or 0)
+        return read_answer(self.ask(GENERATE, body), f"{self.url}{GENERATE}", count)
 
 
-def read_answer(content: Any, where: str) -> Answer:
+def read_answer(content: Any, where: str, num_candidates: int = 0) -> Answer:
     """A completion from a server's JSON: numbers and short texts, nothing else.
 
     Args:
         content: What the server sent.
         where: For messages.
+        num_candidates: Most probable tokens a position that were asked for.
 
     Raises:
         ValueError: Names the field that is missing or of another kind.
@@ -164,16 +166,11 @@ def read_answer(content: Any, where: str) -> Answer:
         raise ValueError(f"{where}: the answer's choices[0].token_ids are not all token ids")
     reason = field(choice, "finish_reason", str, "choices[0].")
     reported = field(choice, "logprobs", dict, "choices[0].")
-    logprobs: list[float] = []
-    for item in field(reported, "content", list, "choices[0].logprobs."):
-        value = item.get("logprob") if isinstance(item, dict) else None
-        # not <= also finds nan
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value <= 1e-3:
-            raise ValueError(
-                f"{where}: the answer's choices[0].logprobs.content[{len(logprobs)}].logprob "
-                f"should be a log-probability, got {value!r}"
-            )
-        logprobs.append(float(value))
+    content = field(reported, "content", list, "choices[0].logprobs.")
+    logprobs = [
+        _logprob(item, where, f"choices[0].logprobs.content[{i}].")
+        for i, item in enumerate(content)
+    ]
     if len(logprobs) != len(ids):
         raise ValueError(
             f"{where}: the answer's choices[0].logprobs.content has {len(logprobs)} entries for "
@@ -181,7 +178,26 @@ def read_answer(content: Any, where: str) -> Answer:
         )
     spans = field(choice, "weight_versions", list, "choices[0].")
     labels = [field(one, "version", str, "choices[0].weight_versions[].") for one in spans]
-    return Answer(tuple(ids), tuple(logprobs), reason, frozenset(labels))
+    positions = []
+    for i, item in enumerate(content if num_candidates else ()):
+        place = f"choices[0].logprobs.content[{i}].top_logprobs"
+        listed = field(item, "top_logprobs", list, place.removesuffix("top_logprobs"))
+        positions.append(
+            {field(one, "token_id", int, f"{place}[]."): _logprob(one, where, f"{place}[].")
+             for one in listed}
+        )  # fmt: skip
+    candidates = top_candidates(positions, num_candidates)
+    return Answer(tuple(ids), tuple(logprobs), reason, frozenset(labels), candidates)
+
+
+def _logprob(item: Any, where: str, place: str) -> float:
+    value = item.get("logprob") if isinstance(item, dict) else None
+    # not <= also finds nan
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value <= 1e-3:
+        raise ValueError(
+            f"{where}: the answer's {place}logprob should be a log-probability, got {value!r}"
+        )
+    return float(value)
 
 
 class LocalServer:

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from datamodules.engines.pushed import Answer, Request
+from datamodules.engines.pushed import Answer, Request, top_candidates
 
 #: What vLLM reads before it is imported.
 ENVIRONMENT = {
@@ -204,7 +204,10 @@ class Guest:
                 [self._parameters(**request.parameters) for request in requests],
                 use_tqdm=False,
             )
-        return [_answer(output.outputs[0]) for output in outputs]
+        counts = [int(request.parameters.get("logprobs") or 0) for request in requests]
+        return [
+            _answer(output.outputs[0], count) for output, count in zip(outputs, counts, strict=True)
+        ]
 
     def sleep(self, level: int) -> bool:
         """Free the device's memory; False where vLLM cannot (on a CPU)."""
@@ -239,14 +242,19 @@ class Guest:
         gc.collect()
 
 
-def _answer(output: Any) -> Answer:
+def _answer(output: Any, num_candidates: int = 0) -> Answer:
     ids = tuple(int(token) for token in output.token_ids)
     logprobs = tuple(
         float(position[token].logprob)
         for token, position in zip(ids, output.logprobs or (), strict=True)
     )
-    spans = output.weight_versions or ()
-    return Answer(ids, logprobs, output.finish_reason, frozenset(span.version for span in spans))
+    positions = [
+        {int(token): float(one.logprob) for token, one in position.items()}
+        for position in (output.logprobs or () if num_candidates else ())
+    ]
+    candidates = top_candidates(positions, num_candidates)
+    labels = frozenset(span.version for span in output.weight_versions or ())
+    return Answer(ids, logprobs, output.finish_reason, labels, candidates)
 
 
 def _check_head(config: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.experience import Completion, Prompt
@@ -74,6 +75,14 @@ class Task(ABC):
         An empty list means that the task has none, and then there is no warm start.
         """
         return []
+
+    def embeddings(self, width: int) -> dict[str, Tensor]:
+        """Input-embedding rows ``(width,)`` that words of a tiny backbone start from; {} for none.
+
+        Args:
+            width: Of the backbone.
+        """
+        return {}
 
     def render(self, token_ids: Sequence[int]) -> str:
         """Token ids as readable text, special tokens kept."""

@@ -6,6 +6,7 @@ warm start) where the task has any. The folder is cached under the hash of every
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from datamodules.demonstrations import DemonstrationDataModule
@@ -69,6 +71,7 @@ def prepare_tiny(
     if warm_start is not None:
         fit = read_options(WarmStartOptions, warm_start, "backbone.warm_start")
     words = task.vocabulary()
+    rows = task.embeddings(shape.hidden_size)
     material = {
         "format": 1,
         "vocabulary": words,
@@ -78,8 +81,11 @@ def prepare_tiny(
         "seed": seed,
     }
 
+    if rows:
+        material["embeddings"] = _digest(rows)
+
     def build(folder: Path) -> None:
-        build_tiny(folder, words, shape, seed)
+        build_tiny(folder, words, shape, seed, rows)
         if fit is None or not fit.steps:
             return
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -128,6 +134,11 @@ def _fit(
         trainer.fit(module, datamodule=data)
     assert module.policy is not None
     export_hf(module.policy.cpu(), tokenizer, folder, info={"task": task.name})
+
+
+def _digest(rows: Mapping[str, Tensor]) -> str:
+    values = [(word, row.tolist()) for word, row in sorted(rows.items())]
+    return hashlib.blake2b(repr(values).encode(), digest_size=8).hexdigest()
 
 
 def _single_process() -> list[Any]:

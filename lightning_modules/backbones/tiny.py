@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 PAD, UNK, EOS = "<pad>", "<unk>", "<eos>"
@@ -71,7 +72,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_tiny(
-    folder: str | Path, words: Sequence[str] | None, options: TinyOptions, seed: int
+    folder: str | Path,
+    words: Sequence[str] | None,
+    options: TinyOptions,
+    seed: int,
+    embeddings: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a random Qwen3 and its tokenizer as a Hugging Face folder.
 
@@ -80,6 +85,8 @@ def build_tiny(
         words: Vocabulary of a word-level tokenizer; None makes a byte-level one.
         options: Shape.
         seed: Of the weights.
+        embeddings: Input-embedding rows ``(hidden_size,)`` that words start from instead of random
+            ones, for tasks in which the meaning of words matters.
     """
     tokenizer = byte_tokenizer() if words is None else word_tokenizer(words)
     config: Any = Qwen3Config(
@@ -100,5 +107,8 @@ def build_tiny(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config)
+    table: Any = model.get_input_embeddings().weight.data
+    for word, row in (embeddings or {}).items():
+        table[tokenizer.convert_tokens_to_ids(word)] = row.to(table)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

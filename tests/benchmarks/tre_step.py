@@ -2,9 +2,10 @@
 
 Forward, backward and AdamW step of GRPO and of the arms of TRE on one batch of 2048 completion
 tokens (width 512, vocabulary 32768, two layers), interleaved: one step of each, seven times,
-medians, after one of each to warm up. Two kinds of distribution: ``peaked`` has a few plausible tokens, as a
-trained model does (logits of a random head scaled up), ``flat`` is a random model's, the worst case
-for a nucleus. Nothing is asserted; the goals are 1.1 times GRPO for TRE-K and 1.3 for TRE-P.
+medians, after one of each to warm up. Two kinds of distribution: ``peaked`` has a few plausible
+tokens, as a trained model does (logits of a random head scaled up), ``flat`` is a random model's,
+the worst case for a nucleus. Nothing is asserted; the goals are 1.1 times GRPO for TRE-K and 1.3
+for TRE-P.
 """
 
 from __future__ import annotations

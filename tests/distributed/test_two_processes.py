@@ -24,7 +24,9 @@ from tests.runs import (
     call,
     command,
     environment,
+    existing,
     read_jsonl,
+    small,
     weights,
 )
 
@@ -68,7 +70,8 @@ def recorded(
     request: pytest.FixtureRequest, base: Path, warm_cache: Path, compose: Make
 ) -> tuple[list[str], Path]:
     """Options of a model's run, and the rollouts that one process wrote; strategies replay them."""
-    own = [f"model={request.param}", *STEP, *SGD]
+    own = small(request.param, compose)
+    own += existing([*STEP, *SGD], compose(*own))
     own += two_micro_batches(compose(*own))
     overrides = [*own, "name=recorded", f"run_id={request.param}"]
     result = call(*command(*overrides, output_dir=base, cache_dir=warm_cache))

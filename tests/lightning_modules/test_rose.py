@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -37,13 +38,20 @@ class Evens:
         return {"reward": torch.tensor(totals)}
 
 
-class Last(Callback):
-    """The last metrics that were logged."""
+class Kept(Logger):
+    """Keeps the last value of every tag."""
 
-    metrics: dict[str, float]
+    name, version = "kept", 0
 
-    def on_train_batch_end(self, trainer: Trainer, module: Any, *arguments: Any) -> None:
-        self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics: dict[str, float] = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.metrics |= metrics
+
+    def log_hyperparams(self, *arguments: Any, **options: Any) -> None:
+        """Not kept."""
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +75,14 @@ def fit(
     )  # fmt: skip
     data.bind(AutoTokenizer.from_pretrained(folder))
     module = cls(backbone=str(folder), **DR_GRPO | options)
-    last = Last()
+    kept = Kept()
     trainer = Trainer(
-        accelerator="cpu", max_steps=steps, max_epochs=-1, limit_val_batches=0, logger=False,
+        accelerator="cpu", max_steps=steps, max_epochs=-1, limit_val_batches=0, logger=kept,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False, callbacks=[last], accumulate_grad_batches=micro_batches,
+        use_distributed_sampler=False, log_every_n_steps=1, accumulate_grad_batches=micro_batches,
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
-    return module, data, last.metrics
+    return module, data, kept.metrics
 
 
 @pytest.mark.parametrize("credit", ["segment", "sequence"])

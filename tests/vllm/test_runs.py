@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 import train
 from datamodules.engines.vllm import close_guests
 from tests.runs import (
+    ONE_UPDATE,
     REPO,
     SHORT,
     SMALL,
@@ -26,13 +27,15 @@ from tests.runs import (
     command,
     environment,
     read_jsonl,
+    small,
     weights,
 )
 from tests.vllm.parts import NEEDS_VLLM
 
 pytestmark = NEEDS_VLLM
 Make = Callable[..., Any]
-ON_VLLM = ["engine=vllm", "engine.kv_cache_gib=0.1", *SMALL, *SHORT]
+VLLM = ["engine=vllm", "engine.kv_cache_gib=0.1"]
+ON_VLLM = [*VLLM, *SMALL, *SHORT]
 GRPO = ["model=grpo", "mode=fit", *ON_VLLM]
 MODELS = sorted(path.stem for path in (REPO / "conf" / "model").glob("*.yaml"))
 
@@ -52,8 +55,10 @@ def versions(folder: Path) -> dict[int, set[int]]:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_rl_model_trains_on_vllm(model: str, make_config: Make, tmp_path: Path) -> None:
-    config = make_config(f"model={model}", *ON_VLLM, "compare=[]")
+def test_every_rl_model_trains_on_vllm(
+    model: str, make_config: Make, compose: Make, tmp_path: Path
+) -> None:
+    config = make_config(*VLLM, *small(model, compose, *ONE_UPDATE), "compare=[]")
     if "engine" not in config.data:
         pytest.skip(f"model={model} has no rollouts")
     metrics = train.run(config)
