@@ -61,6 +61,21 @@ class BackboneOptions:
 
 
 @dataclass
+class MergeOptions:
+    """A start from several exported folders.
+
+    Args:
+        folders: Exports of one architecture.
+        method: A name of ``functional.merging.METHODS``.
+        weights: One a folder, in any proportion; None for equal ones.
+    """
+
+    folders: list[str] = field(default_factory=list)
+    method: str = "linear"
+    weights: list[float] | None = None
+
+
+@dataclass
 class LoraOptions:
     """Low-rank adapters through PEFT; the reference policy is then the adapter switched off.
 

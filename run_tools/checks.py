@@ -17,6 +17,7 @@ from lightning_modules.options import (
     BackboneOptions,
     KernelOptions,
     LoraOptions,
+    MergeOptions,
     OptimizerOptions,
 )
 from run_tools.plan_options import PlanOptions
@@ -247,7 +248,11 @@ def check_config(values: Mapping[str, Any]) -> None:
         for p in check_node(group, values[group])
     ]
     backbone = dict(values["backbone"])
-    for name, cls in (("tiny", TinyOptions), ("warm_start", WarmStartOptions)):
+    for name, cls in (
+        ("tiny", TinyOptions),
+        ("warm_start", WarmStartOptions),
+        ("merge", MergeOptions),
+    ):
         problems += check_options(f"backbone.{name}", backbone.pop(name, None) or {}, cls)
     backbone["path"] = backbone["path"] or ""
     lora = {k: v for k, v in values["lora"].items() if k != "enabled"}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from datamodules.prepared import fingerprint, prepare
 from lightning_modules.functional.merging import merge_tensors, normalized_weights
-from run_tools.checks import nearest
+from lightning_modules.options import MergeOptions, read_options
 
 _INDEX = "model.safetensors.index.json"
 _OWN_FILES = ("litpost.json", "prepared.json", _INDEX)
@@ -96,19 +96,13 @@ def prepare_merge(options: Mapping[str, Any], cache_dir: str | Path) -> Path:
     Raises:
         ValueError: An unknown key, no folders, or folders that cannot be merged.
     """
-    known = ("folders", "method", "weights")
-    if unknown := [key for key in options if key not in known]:
-        raise ValueError(
-            f"backbone.merge has no key {unknown[0]!r}{nearest(unknown[0], known)}; it has "
-            f"{', '.join(known)}"
-        )
-    folders = [str(folder) for folder in options.get("folders") or []]
+    asked = read_options(MergeOptions, options, "backbone.merge")
+    folders, method, weights = [str(one) for one in asked.folders], asked.method, asked.weights
     if missing := [folder for folder in folders if not Path(folder, "config.json").is_file()]:
         raise ValueError(
             f"backbone.merge.folders: {missing[0]} is no exported model; train it first (a run's "
             f"export/ folder)"
         )
-    method, weights = options.get("method") or "linear", options.get("weights")
     material = {"folders": [fingerprint(f) for f in folders], "method": method, "weights": weights}
 
     def build(folder: Path) -> None:

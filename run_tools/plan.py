@@ -113,7 +113,9 @@ def backbone_to_plan(options: Mapping[str, Any], task: Any, seed: int) -> Iterat
         task: Gives the vocabulary of a tiny one.
         seed: Of its weights, which nobody looks at.
     """
-    own = {key: value for key, value in options.items() if key not in ("tiny", "warm_start", "merge")}
+    own = {
+        key: value for key, value in options.items() if key not in ("tiny", "warm_start", "merge")
+    }
     with TemporaryDirectory() as folder:
         if not own["path"]:
             own["path"] = folder
