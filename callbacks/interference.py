@@ -1,6 +1,6 @@
 """Interference between domains: what a run learnt and lost again, and what it never reached.
 
-For each domain, at every validation and after the final test:
+For each domain, at every validation:
 
     forgetting  best validation score of this run so far, minus the present one
     rigidity    score of an expert (a run on this domain alone), minus the best of this run

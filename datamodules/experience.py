@@ -134,7 +134,9 @@ class Rollouts:
         return cls(
             prompts=[p for p, size in zip(prompts, sizes, strict=True) for _ in range(size)],
             completions=[completion for group in groups for completion in group],
-            groups=torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes, dtype=torch.long)),
+            groups=torch.arange(len(sizes)).repeat_interleave(
+                torch.tensor(sizes, dtype=torch.long)
+            ),
         )
 
     def __len__(self) -> int:
@@ -150,6 +152,11 @@ class Rollouts:
         """``(N, T)`` True on completion tokens, whether they are trained on or not."""
         sizes = torch.tensor([len(c.token_ids) for c in self.completions], dtype=torch.long)
         return torch.arange(int(sizes.max()) if len(sizes) else 0)[None, :] < sizes[:, None]
+
+    @property
+    def trained_mask(self) -> Tensor:
+        """``(N, T)`` True on completion tokens that are trained on."""
+        return self.mask if self.is_trained is None else self.mask & self.is_trained[:, None]
 
     def leave_out(self, rows: Tensor) -> None:
         """Do not train on these rows ``(N,)``; others that were left out stay so."""
@@ -262,9 +269,7 @@ def collate(rollouts: Rollouts) -> Experience:
         ids[row, : len(tokens)] = torch.tensor(tokens)
         attention[row, : len(tokens)] = 1
         sampler[row, : sizes[row]] = torch.tensor(completion.logprobs)
-    mask = rollouts.mask
-    if rollouts.is_trained is not None:
-        mask = mask & rollouts.is_trained[:, None]
+    mask = rollouts.trained_mask
     advantages = torch.zeros(count) if rollouts.advantages is None else rollouts.advantages
     if advantages.ndim == 1:
         advantages = advantages[:, None].expand(count, longest)

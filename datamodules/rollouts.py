@@ -90,6 +90,12 @@ class RolloutDataModule(LightningDataModule):
         self.stages = read_stages(stages or [], self.prompts_per_rollout)
         self.mini_batches, self.passes = mini_batches, passes
         self.shares = dict(shares) if shares else None
+        for number, stage in enumerate(self.stages):
+            if missing := sorted(set(self.shares or {}) - set(stage.counts)):
+                raise ValueError(
+                    f"data.stages[{number}] draws no {', '.join(missing)}, of which data.shares "
+                    f"wants micro-batches in every step: give data.shares=null with data.stages"
+                )
         self.window = sum(self.shares.values()) if self.shares else micro_batches
         self.eval_batch_size, self.path, self.seed = eval_batch_size, path, seed
         self.keep_rollouts = keep_rollouts
@@ -190,12 +196,12 @@ class RolloutDataModule(LightningDataModule):
                 )
             wanted = -(-asked // world) * world
             counts[domain] = min(wanted, len(pool) // world * world)
-            if counts[domain] != asked <= len(pool) and key not in self._rounded:
+            reason = f"{world} processes draw equally many prompts"
+            if asked > len(pool):  # where there are no stages, ``pools`` has said so
+                reason = f"there are only {len(pool)} such training prompts" if self.stages else ""
+            if counts[domain] != asked and reason and key not in self._rounded:
                 self._rounded.add(key)
-                rank_zero_warn(
-                    f"{key}={asked} is taken as {counts[domain]}: {world} processes draw equally "
-                    f"many prompts"
-                )
+                rank_zero_warn(f"{key}={asked} is taken as {counts[domain]}: {reason}")
         return counts
 
     def draw(self, index: int) -> list[Prompt]:

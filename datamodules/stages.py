@@ -44,6 +44,8 @@ def read_stages(stages: Sequence[Mapping[str, Any]], mixture: Mapping[str, int])
         rollouts, domains = stage["rollouts"], list(stage["domains"])
         if not isinstance(rollouts, int) or rollouts < 1:
             raise ValueError(f"{key}.rollouts={rollouts} must be at least 1")
+        if len(set(domains)) < len(domains):
+            raise ValueError(f"{key}.domains={domains} names a domain twice")
         for domain in domains:
             if not mixture.get(domain):
                 raise ValueError(

@@ -58,7 +58,7 @@ class EvaluatedModule(BaseModule):
         merged: Metrics = {}
         for other in gather_objects(own):
             merged = merge(merged, other)
-        return means(merged)
+        return named_domains(means(merged))
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation at the current step."""
@@ -81,17 +81,43 @@ class EvaluatedModule(BaseModule):
         return values
 
 
+#: Between a part and its domain, until it is known whether there are several.
+_OF = "@"
+
+
 def by_domain(parts: Mapping[str, Tensor], counted: Tensor, domains: Sequence[str]) -> Metrics:
-    """Sums and counts of parts ``(N,)``: overall, and ``<part>/<domain>`` where there are several.
+    """Sums and counts of parts ``(N,)``, overall and of each domain of this batch.
 
     Args:
         parts: Name -> value a row.
         counted: ``(N,)`` False for rows that fill up a batch.
         domains: Of each row.
+
+    Returns:
+        ``<part>`` and ``<part>@<domain>`` -> (sum, count); ``named_domains`` ends it.
     """
     found: Metrics = {name: masked_sum_count(value, counted) for name, value in parts.items()}
-    names = sorted(set(domains))
-    for domain in names if len(names) > 1 else []:
+    for domain in sorted(set(domains)):
         mask = counted & torch.tensor([own == domain for own in domains])
-        found |= {f"{name}/{domain}": masked_sum_count(v, mask) for name, v in parts.items()}
+        found |= {f"{name}{_OF}{domain}": masked_sum_count(v, mask) for name, v in parts.items()}
     return found
+
+
+def named_domains(values: Mapping[str, float]) -> dict[str, float]:
+    """``<part>@<domain>`` as ``<part>/<domain>``, left out where an evaluation has one domain only.
+
+    Args:
+        values: Tag -> mean, of all batches and ranks.
+
+    Example:
+        >>> named_domains({"test/reward": 0.5, "test/reward@a": 0.0, "test/reward@b": 1.0})
+        {'test/reward': 0.5, 'test/reward/a': 0.0, 'test/reward/b': 1.0}
+        >>> named_domains({"test/reward": 0.5, "test/reward@a": 0.5})
+        {'test/reward': 0.5}
+    """
+    domains = {tag.split(_OF)[1] for tag in values if _OF in tag}
+    return {
+        tag.replace(_OF, "/"): value
+        for tag, value in values.items()
+        if _OF not in tag or len(domains) > 1
+    }

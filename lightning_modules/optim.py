@@ -35,8 +35,7 @@ def build_optimizer(
     """What ``configure_optimizers`` returns: the optimizer and a schedule stepped every step.
 
     Args:
-        groups: Parameter groups; one with ``options`` has its own learning rate, weight decay and
-            schedule.
+        groups: Parameter groups; one with ``options`` has all of its own but the class.
         options: Of the optimizer, and of all other groups.
         total_steps: Optimizer steps of the run.
 
@@ -64,6 +63,9 @@ def build_optimizer(
     values |= options.extra
     for part, each in zip(parts, own, strict=True):
         part |= {"lr": each.lr, "weight_decay": each.weight_decay}
+        if "betas" in known:
+            part["betas"] = tuple(each.betas)
+        part |= each.extra
     optimizer = cls(parts, **values)
     factors: list[Any] = [partial(lr_factor, options=each, total_steps=total_steps) for each in own]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from run_tools.checks import nearest
+from run_tools.table import row_and_metric
 
 FILE = "report.json"
 
@@ -92,7 +93,7 @@ class ClaimOptions:
         Args:
             arms: ``arm -> seed -> flat metrics``.
         """
-        found = found_cells(arms)
+        found = found_cells(arms, self.metrics or ())
         metrics, rows = self.metrics, self.rows
         if metrics is None:
             metrics = sorted({m for row, m in found if self.rows is None or row in self.rows})
@@ -130,7 +131,7 @@ class Shown:
 
     def measured(self, arms: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> tuple[Shown, str]:
         """The same without what no run holds, and a line that names it (empty if nothing)."""
-        found = found_cells(arms)
+        found = found_cells(arms, self.metrics)
         rows = {row for row, _ in found}
         tags = {tag for runs in arms.values() for run in runs.values() for tag in run}
         compared = [row for _, *sides in self.pairs for _, row in sides if row not in self.rows]
@@ -153,8 +154,15 @@ class Shown:
         return shown, f"in no run: {', '.join(missing)}" if missing else ""
 
 
-def found_cells(arms: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> set[tuple[str, str]]:
-    """``(inference row, metric)`` of every number below ``test/`` in any run."""
+def found_cells(
+    arms: Mapping[str, Mapping[int, Mapping[str, Any]]], metrics: Sequence[str] = ()
+) -> set[tuple[str, str]]:
+    """``(inference row, metric)`` of every number below ``test/`` in any run.
+
+    Args:
+        arms: ``arm -> seed -> flat metrics``.
+        metrics: Names that may have a slash of their own.
+    """
     tags = {
         tag
         for runs in arms.values()
@@ -162,8 +170,7 @@ def found_cells(arms: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> set[tupl
         for tag, value in run.items()
         if tag.startswith("test/") and isinstance(value, (int, float))
     }
-    parts = [tag.split("/") for tag in tags]
-    return {("/".join(part[1:-1]), part[-1]) for part in parts}
+    return {row_and_metric(tag, metrics) for tag in tags}
 
 
 def _state(text: str) -> tuple[str, str]:

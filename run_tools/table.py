@@ -7,6 +7,25 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 
+def row_and_metric(tag: str, metrics: Sequence[str] = ()) -> tuple[str, str]:
+    """Row and metric of a tag below ``test/``; a metric may have a slash of its own.
+
+    Args:
+        tag: Such as ``test/sampled/score/math``.
+        metrics: Known names; of several that fit the longest wins, and without any the last part.
+
+    Example:
+        >>> row_and_metric("test/sampled/score/math", ["score", "score/math"])
+        ('sampled', 'score/math')
+        >>> row_and_metric("test/maj8/accuracy")
+        ('maj8', 'accuracy')
+    """
+    body = tag.removeprefix("test/")
+    fitting = [name for name in metrics if f"/{body}".endswith(f"/{name}")]
+    metric = max(fitting, key=len) if fitting else body.split("/")[-1]
+    return body[: -len(metric)].rstrip("/"), metric
+
+
 def arm_rows(
     metrics: Mapping[str, Any], columns: Sequence[str], rows: Sequence[str] = ()
 ) -> list[tuple[str, list[Any]]]:
@@ -23,9 +42,9 @@ def arm_rows(
     """
     arms: dict[str, dict[str, Any]] = {}
     for tag, value in metrics.items():
-        parts = tag.split("/")
-        if parts[0] == "test" and parts[-1] in columns:
-            arms.setdefault("/".join(parts[1:-1]), {})[parts[-1]] = value
+        row, metric = row_and_metric(tag, columns)
+        if tag.startswith("test/") and metric in columns:
+            arms.setdefault(row, {})[metric] = value
     wanted = [arm for pattern in rows for arm in arms if fnmatchcase(arm, pattern)]
     names = list(dict.fromkeys(wanted)) if rows else list(arms)
     return [(name or "this run", [arms[name].get(column) for column in columns]) for name in names]

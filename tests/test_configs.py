@@ -16,6 +16,7 @@ from omegaconf import OmegaConf, open_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
+from lightning_modules.backbones.tiny import TinyOptions, build_tiny
 from run_tools.folder import RunFolder, flatten
 from tests.data_files import data_options, write_reward_model
 from tests.runs import ONE_UPDATE, REPO, SMALL, board, command, main, read_jsonl, scalars, small
@@ -135,6 +136,9 @@ def test_experiment(name: str, make_config: Make, tmp_path: Path, reward_model: 
 def test_claim(claim: str, make_config: Make, tmp_path: Path) -> None:
     _, paper, arm = claim.split("/")
     config = make_config(f"+claim/{paper}={arm}", *UNFITTED, smoke=False)
+    merge = config.backbone.merge
+    for folder in merge.folders if merge else []:  # exports of other arms of this claim
+        build_tiny(folder, instantiate(config.data.task).vocabulary(), TinyOptions(), seed=0)
     assert (config.claim.name, config.claim.arm) == (paper, arm)
     assert config.resume == "auto", "a killed sweep must go on"
     assert list(config.compare) == []

@@ -170,11 +170,10 @@ def completion_hidden(
         input_ids: ``(N, L)`` prompts and completions, right-padded.
         completions: Which tokens.
     """
-    mask = completions.mask
-    if completions.groups is not None and _can_share_prompts(body, config):
-        return shared_hidden(
-            body, config, input_ids, completions.prompt_lengths, mask, completions.groups
-        )
+    mask, groups = completions.mask, completions.groups
+    is_shared = groups is not None and len(torch.unique(groups)) < len(groups)
+    if groups is not None and is_shared and _can_share_prompts(body, config):
+        return shared_hidden(body, config, input_ids, completions.prompt_lengths, mask, groups)
     rows, places = mask.nonzero(as_tuple=True)
     hidden = body(input_ids=input_ids, use_cache=False).last_hidden_state
     return hidden[rows, completions.prompt_lengths[rows] + places - 1]
@@ -215,8 +214,6 @@ def completion_logprobs(
     Returns:
         Fields ``(N, T)``, zero where the mask is.
     """
-    if groups is not None and len(torch.unique(groups)) == len(groups):
-        groups = None  # nothing to share
     return policy(input_ids, completions=Completions(prompt_lengths, mask, groups), **options)
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -207,6 +208,11 @@ class PolicyModule(EvaluatedModule):
 
     # ------------------------------------------------------------------ the step
 
+    def on_fit_start(self) -> None:
+        """Keep batches as they are: ``bf16-true`` would round log-probs, values and advantages."""
+        plugin: Any = self.trainer.precision_plugin
+        plugin.convert_input = _unchanged
+
     def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
         """Loss of one micro-batch: a pure function of the batch and the weights."""
         tokens = completion_logprobs(
@@ -288,7 +294,8 @@ class PolicyModule(EvaluatedModule):
 
         Args:
             rollouts: Whose completions.
-            part: The module that computes; in eval mode meanwhile.
+            part: The module that computes; in eval mode and the Trainer's precision meanwhile, so
+                that a ratio of log-probs is 1 before the first step.
             compute: From rows on this module's device to ``(n, t)``.
         """
         full = rollouts.batch()
@@ -297,7 +304,9 @@ class PolicyModule(EvaluatedModule):
         pieces = []
         for start in range(0, len(full), self.annotate_batch_size):
             rows = torch.arange(start, min(start + self.annotate_batch_size, len(full)))
-            result = compute(move_data_to_device(full.select(rows), self.device))
+            plugin: Any = getattr(self._trainer, "precision_plugin", None)
+            with plugin.forward_context() if plugin else nullcontext():
+                result = compute(move_data_to_device(full.select(rows), self.device))
             width = full.mask.shape[1] - result.shape[1]
             pieces.append(torch.nn.functional.pad(result.detach().float().cpu(), (0, width)))
         part.train(was_training)
@@ -361,3 +370,7 @@ class PolicyModule(EvaluatedModule):
         rollouts = Rollouts.from_groups(prompts, data.engine.generate(prompts, sampling))
         length = torch.tensor([float(len(c.token_ids)) for c in rollouts.completions])
         return {**self.score(rollouts, data.reward), "length": length}
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

@@ -6,7 +6,7 @@ TRE paper builds (arXiv 2602.03635).
 The critic V gives every state a value; the reward stands on the last token of a completion:
 
     delta_t = r_t + gamma V(s_{t+1}) - V(s_t),   A_t = delta_t + gamma lambda A_{t+1}   (GAE)
-    A is then whitened over all tokens of the rollout; returns are the raw A_t + V(s_t)
+    A is then whitened over the rollout's tokens; returns are the raw A_t + V(s_t)
     loss = clipped policy loss (see GRPO) + c max((V - R)^2, (clip(V, V_old +- 0.5) - R)^2)
 
 ``critic``: ``separate`` is a decoder of its own (the paper's), ``head`` a linear layer on the
@@ -18,9 +18,9 @@ rate (``critic_optimizer``). Several passes over a rollout are ``data.passes`` a
 
 Hooks overridden: ``annotate`` (values), ``advantages`` (GAE), ``auxiliary_loss`` (the critic's).
 
-Where we differ: the value head starts at zero [our choice]; whitening and losses use the tokens of
-the whole window and of all ranks, not those of a micro-batch [our choice: the result does not
-depend on how a batch is cut].
+Where we differ: the value head starts at zero [our choice]; whitening uses the tokens of the whole
+rollout and losses those of the whole window, over all ranks, not those of a micro-batch [our
+choice: the result does not depend on how a batch is cut].
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from lightning_modules.backbones.critic import Critic, ValueHead
 from lightning_modules.functional.advantages import generalized_advantages
 from lightning_modules.functional.choices import check_choice
 from lightning_modules.functional.policy_losses import clipped_value_loss
-from lightning_modules.functional.sums import Metrics
+from lightning_modules.functional.sums import Metrics, masked_sum_count
 from lightning_modules.options import OptimizerOptions, read_options
 from lightning_modules.policy_rl.grpo import GRPO
 
@@ -52,7 +52,7 @@ class PPO(GRPO):
         critic_optimizer: Options of the critic's parameter group that differ from the actor's.
         gamma: Discount a token.
         gae_lambda: Weight of longer advantage estimates.
-        whiten_advantages: Mean 0 and standard deviation 1 over all tokens of a rollout.
+        whiten_advantages: Mean 0 and standard deviation 1 over the trained tokens of a rollout.
         value_clip: Largest change of a value that counts; None for no clip.
         value_coef: Weight of the critic's loss.
         detach_critic: With ``critic=head``: the critic's gradient stops at its linear layer.
@@ -129,7 +129,8 @@ class PPO(GRPO):
         """Also ``values`` ``(N, T)`` of the critic before it is trained on this rollout."""
         found = super().annotate(rollouts)
         if self.critic is not None:
-            found["values"] = self.without_grad(rollouts, self.critic, self._fresh_values)
+            part = self.policy if self.critic_kind == "head" else self.critic
+            found["values"] = self.without_grad(rollouts, part, self._fresh_values)
         return found
 
     def advantages(self, rollouts: Rollouts) -> tuple[Tensor, Metrics]:
@@ -139,17 +140,16 @@ class PPO(GRPO):
         assert rollouts.reward is not None
         _, metrics = super().advantages(rollouts)  # the share of groups without a signal
         mask, values = rollouts.mask, rollouts.extra["values"]
-        last = mask.sum(1) - 1
-        rewards = torch.zeros(mask.shape).scatter(
-            1, last[:, None], rollouts.reward[:, None].float()
-        )
+        is_last = torch.arange(mask.shape[1]) == mask.sum(1, keepdim=True) - 1
+        rewards = torch.where(is_last, rollouts.reward[:, None].float(), 0.0)
         advantages, returns = generalized_advantages(
             rewards, values, mask, gamma=self.gamma, gae_lambda=self.gae_lambda
         )
         rollouts.extra["returns"] = returns
-        mean, std, explained = _statistics(advantages, returns, values, mask)
+        trained = rollouts.trained_mask  # rows that were left out have no values
+        mean, std, explained = _statistics(advantages, returns, values, trained)
         metrics["rollout/explained_variance"] = (explained, 1.0)
-        metrics["rollout/value"] = (values[mask].double().sum(), mask.sum())
+        metrics["rollout/value"] = masked_sum_count(values, trained)
         if self.whiten_advantages:
             advantages = torch.where(mask, (advantages - mean) / (std + 1e-8), 0.0)
         return advantages, metrics

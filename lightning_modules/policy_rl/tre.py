@@ -114,7 +114,8 @@ class TRE(PPO):
         self.forking_share = forking_share
         is_on = entropy_coef != 0.0
         self.entropy_grad = regularizer == "global_entropy" and is_on
-        self.with_entropy = self.with_entropy or self.entropy_grad
+        needs_entropy = self.entropy_grad or policy_loss == "forking_tokens"
+        self.with_entropy = self.with_entropy or needs_entropy
         scale: Literal["log_vocab", "none"] = "log_vocab" if scale_entropy else "none"
         if regularizer == "tre_p" and is_on:
             self.region = TopP(top_p, scale=scale, max_size=max_region, preserve_mass=preserve_mass)

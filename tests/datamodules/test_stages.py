@@ -40,11 +40,30 @@ def test_draws_of_a_stage_hold_its_domains_only() -> None:
         ([{"rollouts": 0, "domains": ["refl"]}], r"stages\[0\].rollouts=0"),
         ([{"steps": 2, "domains": ["refl"]}], "give rollouts and domains"),
         ([{"rollouts": 1, "domains": []}], "cannot be shared"),
+        ([{"rollouts": 1, "domains": ["refl", "refl"]}], "names a domain twice"),
     ],
 )
 def test_bad_stages(stages: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_stages(stages, MIX)
+
+
+def test_a_stage_that_asks_for_more_than_there_is_says_so() -> None:
+    counts = {"pref": 4, "refl": 4}
+    data = stream(prompts_per_rollout=counts, stages=[{"rollouts": 2, "domains": ["refl"]}])
+    there_are = len(data.pools()["refl"])
+    assert 4 <= there_are < 8
+    with pytest.warns(UserWarning, match=f"refl=8 is taken as {there_are}: there are only"):
+        assert len(data.draw(0)) == there_are
+
+
+def test_a_stage_without_a_domain_of_the_shares_is_refused_at_once() -> None:
+    options: dict[str, Any] = {"prompts_per_rollout": {"pref": 2, "refl": 2}}
+    options["shares"] = {"pref": 1, "refl": 1}
+    stages = [{"rollouts": 9, "domains": ["pref", "refl"]}, {"rollouts": 9, "domains": ["pref"]}]
+    assert stream(**options, stages=stages[:1]).window == 2
+    with pytest.raises(ValueError, match=r"data.stages\[1\] draws no refl, of which data.shares"):
+        stream(**options, stages=stages)
 
 
 def test_totals_that_cannot_be_divided_are_refused() -> None:

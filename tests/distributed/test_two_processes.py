@@ -33,12 +33,16 @@ from tests.runs import (
 pytestmark = pytest.mark.slow
 Make = Callable[..., Any]
 MODELS = sorted(path.stem for path in (REPO / "conf" / "model").glob("[!_]*.yaml"))
-#: One plain step whose gradient is clipped: weights differ where gradients or norms do.
+#: One plain step on a whole rollout (ranks would fill mini-batches with other rows) whose gradient
+#: is clipped: weights differ where gradients or norms do.
 STEP = [
     "mode=fit", *SMALL, *SHORT, "trainer.max_steps=1", "trainer.limit_val_batches=0",
-    "callbacks.sample_table.keep=all", "trainer.gradient_clip_val=0.1",
+    "callbacks.sample_table.keep=all", "trainer.gradient_clip_val=0.1", "data.mini_batches=1",
 ]  # fmt: skip
-SGD = ["optimizer.class_path=torch.optim.SGD", "optimizer.lr=1.0", "optimizer.warmup_steps=0"]
+SGD = [
+    "optimizer.class_path=torch.optim.SGD", "optimizer.lr=1.0", "optimizer.warmup_steps=0",
+    "model.critic_optimizer.lr=1.0", "model.critic_optimizer.warmup_steps=0",
+]  # fmt: skip
 TWO = {
     "ddp": ["trainer.strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu"],
     "fsdp": ["trainer=fsdp", "trainer.devices=2", "trainer.accelerator=cpu"],
@@ -108,8 +112,11 @@ def test_one_step_equals_one_process(
     assert len(moved) == len(untrained), "the step must move every tensor"
 
     metrics = json.loads((two / "metrics.json").read_text())
-    for tag in ("train/loss", "train/entropy", "train/grad_norm", "rollout/reward_mean"):
+    tags = ["train/loss", "train/entropy", "train/grad_norm", "rollout/reward_mean"]
+    for tag in [*tags, *({"train/value_loss"} & alone.keys())]:
         assert metrics[tag] == pytest.approx(alone[tag], abs=1e-5), tag
+    critic = [value for name, value in start.items() if name.startswith("critic.value_head.")]
+    assert all(bool(value.any()) for value in critic), "a critic starts at zero and must move"
 
     ranks = [read_jsonl(tmp_path / "seen" / f"rank{rank}.jsonl") for rank in (0, 1)]
     uids = [set(rows[0][1]) for rows in ranks]
@@ -121,6 +128,29 @@ def test_one_step_equals_one_process(
     assert_same_weights({k: saved[k] for k in export}, export)
     test = [*recorded[0], "mode=test", f"ckpt_path={last_of(two)}", "name=m", "run_id=reloaded"]
     assert any(tag.startswith("test/") for tag in train.run(make_config(*test)))
+
+
+@pytest.mark.parametrize("recorded", ["ppo"], indirect=True)
+@pytest.mark.parametrize("strategy", TWO)
+def test_two_steps_of_a_value_head_on_the_policy(
+    strategy: str,
+    recorded: tuple[list[str], Path],
+    make_config: Make,
+    tmp_path: Path,
+    warm_cache: Path,
+) -> None:
+    # its first step leaves the policy alone: the head starts at zero
+    options = ["model.critic=head", "trainer.max_steps=2", "name=m"]
+    both = [*replay(recorded), *TWO[strategy], *options, "run_id=two"]
+    result = call(*command(*both, output_dir=tmp_path, cache_dir=warm_cache))
+    assert result.returncode == 0, result.stderr
+    alone = train.run(make_config(*replay(recorded), *options, "run_id=one"))
+    one, two = (weights(last_of(tmp_path / "m" / run)) for run in ("one", "two"))
+    assert_same_weights(one, two, atol=1e-5)
+    assert bool(one["critic.linear.weight"].any())
+    metrics = json.loads((tmp_path / "m" / "two" / "metrics.json").read_text())
+    for tag in ("train/loss", "train/value_loss", "train/grad_norm"):
+        assert metrics[tag] == pytest.approx(alone[tag], abs=1e-5), tag
 
 
 #: Ways to shard, and how far their one step may be from one process without them.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from datamodules.experience import FinishReason, Rollouts
-from lightning_modules.evaluation import by_domain
+from lightning_modules.evaluation import by_domain, named_domains
 from lightning_modules.policy_rl.grpo import GRPO
 from lightning_modules.policy_rl.ppo import PPO
 from tests.lightning_modules.test_policy_step import SGD, change, fit, scalars
@@ -119,8 +119,10 @@ def test_evaluations_are_split_by_domain_where_there_are_several() -> None:
     counted = torch.tensor([True, True, True, False])
     got = by_domain(parts, counted, ["a", "b", "a", "b"])
     numbers = {name: (float(total), float(count)) for name, (total, count) in got.items()}
-    assert numbers == {"reward": (5.0, 3.0), "reward/a": (5.0, 2.0), "reward/b": (0.0, 1.0)}
-    assert set(by_domain(parts, counted, ["a"] * 4)) == {"reward"}
+    assert numbers == {"reward": (5.0, 3.0), "reward@a": (5.0, 2.0), "reward@b": (0.0, 1.0)}
+    several = {name: total / count for name, (total, count) in numbers.items()}
+    assert named_domains(several) == {"reward": 5 / 3, "reward/a": 2.5, "reward/b": 0.0}
+    assert named_domains({"reward": 1.0, "reward@a": 1.0}) == {"reward": 1.0}
 
 
 def test_sampled_evaluation_counts_the_best_of_each_prompt(make_config: Any) -> None:

@@ -12,6 +12,7 @@ from datamodules.experience import Rollouts
 from lightning_modules.functional.sums import Metrics
 from lightning_modules.policy_rl.grpo import GRPO
 from lightning_modules.policy_rl.ppo import PPO
+from tests.distributed.advantages_worker import CASES, SIZES, found, rollouts_of
 from tests.lightning_modules.test_policy_step import ADAM, SGD, change, fit, scalars
 
 
@@ -67,6 +68,49 @@ def test_advantages_are_whitened_over_all_tokens(tiny_folder: Path, tmp_path: Pa
     torch.testing.assert_close(kept.advantages[kept.mask], wanted[kept.mask])
 
 
+def test_rows_that_are_left_out_do_not_shift_the_others() -> None:
+    left_out = CASES["some_left_out"][1]
+    kept = [row for row in range(len(SIZES)) if row not in left_out]
+    got, metrics = found(rollouts_of(tuple(range(len(SIZES))), left_out))
+    wanted, expected = found(rollouts_of(tuple(kept), ()))
+    same = got[kept, : wanted.shape[1]]
+    torch.testing.assert_close(same, wanted, atol=1e-6, rtol=1e-5)
+    for name in ("rollout/value", "rollout/explained_variance"):
+        assert metrics[name] == pytest.approx(expected[name]), name
+
+
+def test_completions_without_a_token_take_no_part() -> None:
+    rollouts = rollouts_of((4, 4), ())  # what an engine that failed leaves
+    advantages, metrics = found(rollouts)
+    assert advantages.shape == (2, 0) and metrics["rollout/value"] == (0.0, 0.0)
+
+
+def test_values_of_the_head_are_those_of_evaluation(tiny_folder: Path, tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    class Twice(PPO):
+        def annotate(self, rollouts: Rollouts) -> Any:
+            found, again = super().annotate(rollouts), super().annotate(rollouts)
+            torch.testing.assert_close(found["values"], again["values"], atol=0, rtol=0)
+            seen.append(float(found["values"].abs().max()))
+            assert self.policy.training and self.critic.training
+            return found
+
+    lora = {"r": 4, "dropout": 0.5, "target_modules": ["q_proj", "v_proj"]}
+    fit(tiny_folder, tmp_path, cls=Twice, steps=3, critic="head", lora=lora, optimizer=ADAM)
+    assert seen[0] == 0.0 and seen[-1] > 0.0
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_before_the_first_step_ratios_are_one_in_any_precision(
+    precision: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    fit(tiny_folder, tmp_path, cls=PPO, steps=2, critic="none", data={"passes": 2},
+        flags={"precision": precision}, optimizer=ADAM)  # fmt: skip
+    kl = [value for _, value in scalars(tmp_path)["train/approx_kl_k3"]]
+    assert kl[0] < 1e-9 < kl[1]
+
+
 def test_the_heads_gradient_stops_where_asked(tiny_folder: Path, tmp_path: Path) -> None:
     class OnlyCritic(PPO):
         def policy_loss(self, tokens: Any, batch: Any) -> Any:
@@ -104,6 +148,14 @@ def test_actor_and_critic_have_their_own_rate_and_norm(tiny_folder: Path, tmp_pa
     for part, rate in (("policy.", 1.0), ("critic.", 3.0)):
         squares = sum(float(v.square().sum()) for k, v in changes.items() if k.startswith(part))
         assert squares**0.5 == pytest.approx(1e-3 * rate, rel=1e-3), part
+
+
+def test_the_critic_has_its_own_moments(tiny_folder: Path, tmp_path: Path) -> None:
+    own = {"betas": [0.5, 0.9], "extra": {"eps": 1e-3}}
+    module, _ = fit(tiny_folder, tmp_path, cls=PPO, optimizer=ADAM, critic_optimizer=own)
+    groups = module.optimizers().param_groups
+    assert [group["betas"] for group in groups] == [(0.9, 0.999), (0.5, 0.9)]
+    assert [group["eps"] for group in groups] == [1e-8, 1e-3]
 
 
 def test_several_passes_clip_values(tiny_folder: Path, tmp_path: Path) -> None:
