@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 
 class Interference(Callback):
-    """Logs ``interference/forgetting/<d>`` and, with experts, ``interference/rigidity/<d>``.
+    """Logs ``val/forgetting/<d>`` and, with experts, ``val/rigidity/<d>``.
 
     Args:
         tag: Logged tag of a domain's score, ``<d>`` in place of its name.
@@ -82,9 +82,9 @@ class Interference(Callback):
                 continue
             domain = match.group(1)
             best = self._best[domain] = max(value, self._best.get(domain, value))
-            found[f"interference/forgetting/{domain}"] = best - value
+            found[f"val/forgetting/{domain}"] = best - value
             if self._reached and domain in self._reached:
-                found[f"interference/rigidity/{domain}"] = self._reached[domain] - best
+                found[f"val/rigidity/{domain}"] = self._reached[domain] - best
         results |= found
         for logger in trainer.loggers:
             logger.log_metrics(found, step=trainer.global_step)

@@ -1,7 +1,8 @@
 """Fillers and forks: a walk whose uncertain places are not those that matter.
 
-A plan of ``6 length`` positions in random order is the prompt, one word a position; the completion
-is a walk along it, one word a position, then any number of loop words, then the end:
+A plan of ``6 length`` positions in random order (``decisions="late"`` puts the decisions last) is
+the prompt, one word a position; the completion is a walk along it, one word a position, then any
+number of loop words, then the end:
 
     position     plan word       the warm start writes                            count
     filler       ``filler``      one of 8 synonyms, equally likely                2 length
@@ -26,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -86,6 +88,10 @@ class Forks(Task):
         num_test: Plans of the split ``test``.
         seed: Of the plans and the embedding rows.
         max_loops: Most loop words that the warm start writes; a walk with more is wrong.
+        decisions: ``mixed`` with the other positions, or ``late``, behind all of them [our choice:
+            chains of one prompt can then share most of their words, which is where a tree saves
+            most, and nothing before the decisions deserves credit]. Demonstrations stay mixed: from
+            late ones alone the warm start often does not learn to read the plan in 400 steps.
         lured: Probability of the lured concept in the warm start.
         asked: Probability of the concept asked for, where it is another.
         agree: Probability that the lured concept is the one asked for.
@@ -110,11 +116,13 @@ class Forks(Task):
         num_test: int = 256,
         seed: int = 0,
         max_loops: int = 8,
+        decisions: Literal["mixed", "late"] = "mixed",
         lured: float = 0.55,
         asked: float = 0.25,
         agree: float = 0.5,
     ) -> None:
         self.length, self.seed, self.max_loops = length, seed, max_loops
+        self.decisions = decisions
         self.sizes = {"train": num_train, "val": num_val, "test": num_test}
         self.lured, self.asked, self.agree = lured, asked, agree
         problems = [
@@ -133,6 +141,8 @@ class Forks(Task):
             for name, value in (("lured", lured), ("asked", asked), ("agree", agree))
             if not 0 <= value <= 1
         ]
+        if decisions not in ("mixed", "late"):
+            problems.append(f"data.task.decisions={decisions} must be mixed or late")
         if lured + asked > 1:
             problems.append(f"data.task.lured={lured} and data.task.asked={asked} exceed 1")
         if problems:
@@ -180,9 +190,9 @@ class Forks(Task):
 
     def _plan(self, split: str, index: int) -> Plan:
         uid = f"{self.name}/{self.seed}/{self.length}/{split}/{index}"
-        return self._draw(uid, Random(uid))
+        return self._draw(uid, Random(uid), self.decisions == "late")
 
-    def _draw(self, uid: str, rng: Random) -> Plan:
+    def _draw(self, uid: str, rng: Random, is_late: bool) -> Plan:
         pairs = []
         for _ in range(self.length):
             asked = rng.randrange(NUM_CONCEPTS)
@@ -191,6 +201,8 @@ class Forks(Task):
         words = ["filler"] * (2 * self.length) + ["go"] * (3 * self.length)
         words += [decision_word(*pair) for pair in pairs]
         rng.shuffle(words)
+        if is_late:
+            words.sort(key=lambda word: word.startswith("lure"))  # keeps the order of the rest
         asks = [int(word[-1]) for word in words if word.startswith("lure")]
         return Plan(uid, tuple(words), tuple(asks))
 
@@ -241,11 +253,11 @@ class Forks(Task):
         return {word: given.get(i, left) for i, word in enumerate(CONCEPTS)}
 
     def demonstrations(self, seed: int, step: int, count: int) -> list[Demonstration]:
-        """Walks drawn from the table, along fresh plans."""
+        """Walks drawn from the table, along fresh plans with mixed decisions."""
         rng = Random(f"{self.name}/demonstrations/{seed}/{step}")
         found = []
         for _ in range(count):
-            plan = self._draw("", rng)
+            plan = self._draw("", rng, False)
             walk = []
             for word in plan.words:
                 table = self.weights(word)

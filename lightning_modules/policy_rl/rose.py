@@ -268,9 +268,9 @@ def _tree_metrics(
 def _credit_metrics(result: SegmentAdvantages, mask: Tensor, reward: Tensor) -> Metrics:
     """Where the credit went."""
     return {
-        "tree/depth": masked_sum_count(result.depth),
-        "adv/abs": masked_sum_count(result.advantages.abs(), mask),
-        "adv/zero_tokens": masked_sum_count(result.advantages == 0, mask),
-        "length_term/chains": masked_sum_count(result.factors > 0),
-        "length_term/factor": masked_sum_count(result.factors, result.factors > 0),
+        "rollout/tree_depth": masked_sum_count(result.depth),
+        "rollout/advantage_abs": masked_sum_count(result.advantages.abs(), mask),
+        "rollout/advantage_zero_tokens": masked_sum_count(result.advantages == 0, mask),
+        "rollout/length_term_chains": masked_sum_count(result.factors > 0),
+        "rollout/length_term_factor": masked_sum_count(result.factors, result.factors > 0),
     }

@@ -37,16 +37,16 @@ def validate(callback: Interference, step: int, **scores: float) -> dict[str, fl
 def test_forgetting_is_the_fall_from_the_best() -> None:
     callback = Interference(tag="val/score/<d>")
     assert validate(callback, 1, math=0.2, chat=0.5) == {
-        "interference/forgetting/math": 0.0, "interference/forgetting/chat": 0.0,
+        "val/forgetting/math": 0.0, "val/forgetting/chat": 0.0,
     }  # fmt: skip
-    assert validate(callback, 2, math=0.9, chat=0.4)["interference/forgetting/chat"] == (
+    assert validate(callback, 2, math=0.9, chat=0.4)["val/forgetting/chat"] == (
         pytest.approx(0.1)
     )
     resumed = Interference(tag="val/score/<d>")
     resumed.load_state_dict(callback.state_dict())
     got = validate(resumed, 3, math=0.6, chat=0.45)
-    assert got["interference/forgetting/math"] == pytest.approx(0.3)
-    assert got["interference/forgetting/chat"] == pytest.approx(0.05)
+    assert got["val/forgetting/math"] == pytest.approx(0.3)
+    assert got["val/forgetting/chat"] == pytest.approx(0.05)
 
 
 def test_rigidity_is_what_the_expert_reached_and_this_run_never_did(tmp_path: Path) -> None:
@@ -60,9 +60,9 @@ def test_rigidity_is_what_the_expert_reached_and_this_run_never_did(tmp_path: Pa
     assert "it holds no val/score/chat" in told and "none.json: there is no such file" in told
     validate(callback, 1, math=0.7)
     got = validate(callback, 2, math=0.6)
-    assert got["interference/rigidity/math"] == pytest.approx(0.25)
-    assert got["interference/forgetting/math"] == pytest.approx(0.1)
-    assert set(got) == {"interference/rigidity/math", "interference/forgetting/math"}
+    assert got["val/rigidity/math"] == pytest.approx(0.25)
+    assert got["val/forgetting/math"] == pytest.approx(0.1)
+    assert set(got) == {"val/rigidity/math", "val/forgetting/math"}
 
 
 def test_a_tag_without_a_domain_is_refused() -> None:

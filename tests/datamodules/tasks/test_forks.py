@@ -53,6 +53,28 @@ def test_plans(task: Forks) -> None:
     assert task.records("predict") == task.records("test")
 
 
+def test_late_decisions_stand_behind_everything_else() -> None:
+    task = Forks(length=3, decisions="late", agree=0.0)
+    task.bind(word_tokenizer(task.vocabulary()))
+    plans = task.records("train")[:200]
+    for plan in plans:
+        assert Counter(plan.words[:15]) == {"filler": 6, "go": 9}
+        assert plan.words[15:] == tuple(
+            decision_word(int(word[4]), asked)
+            for word, asked in zip(plan.words[15:], plan.asked, strict=True)
+        )
+        assert plan.decisions == [15, 16, 17]
+        prompt = task.prompt(plan)
+        assert task.verify(prompt, completion(task, right_walk(task, prompt)))["reward"] == 1
+    assert len({plan.words[:15] for plan in plans}) > 150
+    mixed = Forks(length=3, agree=0.0)
+    mixed.bind(task.tokenizer)
+    assert task.demonstrations(0, 0, 20) == mixed.demonstrations(0, 0, 20)
+    assert [sorted(p.words) for p in plans] == [
+        sorted(p.words) for p in mixed.records("train")[:200]
+    ]
+
+
 def test_the_verifier(task: Forks) -> None:
     prompt = task.prompt(task.records("val")[0])
     walk = right_walk(task, prompt)
@@ -208,6 +230,7 @@ def test_the_codes_formula_needs_isotropic_rows(task: Forks) -> None:
         ({"lured": 1.2}, "data.task.lured=1.2"),
         ({"lured": 0.8, "asked": 0.3}, "exceed 1"),
         ({"max_loops": -1}, "data.task.max_loops=-1"),
+        ({"decisions": "early"}, "data.task.decisions=early must be mixed or late"),
     ],
 )
 def test_bad_options(options: dict[str, Any], fragment: str) -> None:
