@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_warn
 
 from datamodules.experience import Rollouts
 
@@ -29,10 +29,11 @@ def without_bad_rewards(rollouts: Rollouts) -> dict[str, Any]:
     assert reward is not None
     bad = ~torch.isfinite(reward)
     if bad.any():
-        rank_zero_warn(
+        warnings.warn(  # of any rank: another may have none
             f"{int(bad.sum())} of {len(bad)} rewards of rollout {rollouts.index} are not finite, "
             f"such as that of prompt {rollouts.prompts[int(bad.nonzero()[0])].uid!r}: these "
-            f"completions are not trained on"
+            f"completions are not trained on",
+            stacklevel=2,
         )
         size = int(rollouts.groups.max()) + 1
         zeros = torch.zeros(size, dtype=torch.float64)

@@ -98,6 +98,11 @@ class TRE(PPO):
             for name, share in shares.items()
             if not 0 < share <= 1
         ]
+        if policy_loss == "forking_tokens" and self.loss_aggregation != "token_mean":
+            problems.append(
+                f"model.loss_aggregation={self.loss_aggregation}: policy_loss=forking_tokens is a "
+                f"mean over the kept tokens; use token_mean"
+            )
         if not 0 < top_p < 1:
             problems.append(f"model.top_p={top_p} must be inside (0, 1)")
         if top_k < 1:

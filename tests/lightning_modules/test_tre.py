@@ -185,6 +185,10 @@ def test_accumulation_changes_no_gradient(
         ({"policy_loss": "forking"}, "did you mean 'forking_tokens'"),
         ({"top_p": 1.0}, r"model.top_p=1.0 must be inside \(0, 1\)"),
         ({"top_k": 0}, "model.top_k=0"),
+        (
+            {"policy_loss": "forking_tokens", "loss_aggregation": "sequence_mean"},
+            "model.loss_aggregation=sequence_mean.*use token_mean",
+        ),
         ({"forking_share": 0.0, "kl_cov_share": 2.0}, "kl_cov_share=2.0.*forking_share=0.0"),
     ],
 )
