@@ -44,18 +44,21 @@ class Loader:
 
     Args:
         source: Makes the micro-batches.
+        restarts: Begin every iteration with the first batch, wherever the last one was left:
+            evaluations that a limit cuts short see the same rows each time.
 
     Raises:
         ValueError: The source's length is no multiple of its window.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, *, restarts: bool = False) -> None:
         if source.window < 1 or len(source) % source.window:
             raise ValueError(
                 f"the loader has {len(source)} micro-batches an epoch, which is no multiple of its "
                 f"window of {source.window}: Lightning would step on an incomplete window"
             )
         self.source = source
+        self.restarts = restarts
         self.epoch = 0
         self.index = 0
 
@@ -63,7 +66,9 @@ class Loader:
         return len(self.source)
 
     def __iter__(self) -> Iterator[Any]:
-        if self.index >= len(self):
+        if self.restarts:
+            self.index = 0
+        elif self.index >= len(self):
             self.epoch, self.index = self.epoch + 1, 0
         # Lightning never runs a sized loader past its last item, so nothing stands behind yield:
         # the position is moved before the batch is handed out.

@@ -324,7 +324,8 @@ class RolloutDataModule(LightningDataModule):
             return []
         rank, world = self.ranks
         size = self.eval_batch_size
-        return Loader(RowSource(records, batch_size=size, rank=rank, world_size=world))
+        rows = RowSource(records, batch_size=size, rank=rank, world_size=world)
+        return Loader(rows, restarts=True)
 
     def val_dataloader(self) -> Loader | list[Any]:
         """Records of the validation split in batches of ``Rows``."""

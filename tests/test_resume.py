@@ -18,6 +18,8 @@ import train
 from tests.runs import (
     FEW,
     REPO,
+    SHORT,
+    SMALL,
     assert_same_run,
     assert_same_weights,
     board,
@@ -40,7 +42,8 @@ pytestmark = pytest.mark.slow
 EVERY_STEP = ["callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.every_seconds=null"]
 STEPS = 8
 BASE = [
-    *FEW,
+    *SMALL,
+    *SHORT,
     *EVERY_STEP,
     f"trainer.max_steps={STEPS}",
     "callbacks.sample_table.keep=all",
@@ -90,7 +93,7 @@ def test_run_killed_again_and_again_ends_like_the_unbroken_one(
     case: str, make_config: Make, compose: Make, tmp_path: Path, warm_cache: Path
 ) -> None:
     own = CASES[case]
-    overrides = [*own, *existing(BASE, compose(*own))]
+    overrides = [*own, *existing([*FEW, *BASE], compose(*own))]
     expected = train.run(make_config(*overrides, "name=m", "run_id=unbroken"))
     assert expected["steps"] == STEPS
     assert expected["train/grad_norm"] > 0, "a run without gradients would prove nothing"
@@ -118,7 +121,8 @@ def test_killed_in_an_arm_does_not_train_the_run_again(
     make_config: Make, compose: Make, tmp_path: Path, warm_cache: Path
 ) -> None:
     own = ["model=reflectrm"]
-    overrides = [*own, *existing(BASE, compose(*own)), "compare=[rft]", "trainer.max_steps=2"]
+    overrides = [*own, *existing([*FEW, *BASE], compose(*own))]
+    overrides += ["compare=[rft]", "trainer.max_steps=2"]
     run = tmp_path / "reflectrm" / "s0"
     arm = run / "arms" / "rft"
     started = command(*overrides, output_dir=tmp_path, cache_dir=warm_cache)

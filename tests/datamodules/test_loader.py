@@ -366,3 +366,13 @@ def test_limit_that_cuts_a_window_stops_before_the_first_step(tmp_path):
     with pytest.raises(ValueError, match="limit_train_batches=3 leaves 3 of 6"):
         trainer.fit(module)
     assert module.seen == []
+
+
+def test_a_loader_that_restarts_begins_anew_after_a_cut() -> None:
+    rows = RowSource(list(range(6)), batch_size=2)
+    going, anew = Loader(rows), Loader(rows, restarts=True)
+    for loader in (going, anew):
+        assert next(iter(loader)).items == [0, 1]
+    assert next(iter(going)).items == [2, 3]
+    assert next(iter(anew)).items == [0, 1]
+    assert [batch.items for batch in anew] == [[0, 1], [2, 3], [4, 5]]
