@@ -39,9 +39,7 @@ def test_forgetting_is_the_fall_from_the_best() -> None:
     assert validate(callback, 1, math=0.2, chat=0.5) == {
         "val/forgetting/math": 0.0, "val/forgetting/chat": 0.0,
     }  # fmt: skip
-    assert validate(callback, 2, math=0.9, chat=0.4)["val/forgetting/chat"] == (
-        pytest.approx(0.1)
-    )
+    assert validate(callback, 2, math=0.9, chat=0.4)["val/forgetting/chat"] == (pytest.approx(0.1))
     resumed = Interference(tag="val/score/<d>")
     resumed.load_state_dict(callback.state_dict())
     got = validate(resumed, 3, math=0.6, chat=0.45)
