@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from datamodules.prompt_rows import BadRowError, count_skipped, tolerate, unique_uid
 from datamodules.sources import (
-    MAX_SHOWN,
     BadRowPolicy,
-    Problem,
     Row,
     clean,
     find_column,
@@ -47,14 +44,6 @@ _SIGNED_LABEL = "overall_preference"
 
 _CANDIDATES = ("response_1", "response_2", "chosen", "rejected")
 _Messages = list[tuple[str, str]]
-
-
-class _BadRowError(Exception):
-    """One row is unusable: a reason to count it under, and the field with what is wrong."""
-
-    def __init__(self, reason: str, column: str, message: str) -> None:
-        super().__init__(reason, column, message)
-        self.reason, self.column, self.message = reason, column, message
 
 
 def _resolve_columns(
@@ -107,7 +96,7 @@ def _messages(value: Any, column: str) -> _Messages | None:
     for message in value:
         role, content = (message.get("role"), message.get("content")) if message else (None, None)
         if not isinstance(role, str) or not isinstance(content, str):
-            raise _BadRowError("not_text", column, 'needs messages {"role": ..., "content": text}')
+            raise BadRowError("not_text", column, 'needs messages {"role": ..., "content": text}')
         chat.append((role, content))
     return chat
 
@@ -121,18 +110,18 @@ def _field(row: Row, column: str) -> Any:
     if _absent(value):
         close = nearest(column, [name for name in row.values if name != column])
         has = ", ".join(row.values) or "nothing"
-        raise _BadRowError("missing_field", column, f"is missing{close or ';'} the row has {has}")
+        raise BadRowError("missing_field", column, f"is missing{close or ';'} the row has {has}")
     return value
 
 
 def _text(value: Any, column: str) -> str:
     if not isinstance(value, str):
         kind = type(value).__name__
-        raise _BadRowError("not_text", column, f"is a {kind}; text or chat messages are needed")
+        raise BadRowError("not_text", column, f"is a {kind}; text or chat messages are needed")
     if not value.strip():
-        raise _BadRowError("empty_text", column, "is empty; text is needed")
+        raise BadRowError("empty_text", column, "is empty; text is needed")
     if clean(value) != value:
-        raise _BadRowError("bad_text", column, "holds lone surrogates, which are no valid text")
+        raise BadRowError("bad_text", column, "holds lone surrogates, which are no valid text")
     return value
 
 
@@ -143,7 +132,7 @@ def _render_chat(chat: _Messages) -> str:
 def _answer(tail: _Messages, column: str) -> str:
     """What a candidate adds to the shared beginning: one answer, or several turns rendered."""
     if tail[-1][0] != "assistant":
-        raise _BadRowError("not_text", column, "does not end with a message of the assistant")
+        raise BadRowError("not_text", column, "does not end with a message of the assistant")
     return _text(tail[-1][1] if len(tail) == 1 else _render_chat(tail), column)
 
 
@@ -170,16 +159,16 @@ def _compare(row: Row, roles: Mapping[str, str], first: Any, second: Any) -> tup
         elif shared:
             question = _render_chat(shared)
         else:
-            raise _BadRowError("missing_field", ask, "is missing and the chats share no beginning")
+            raise BadRowError("missing_field", ask, "is missing and the chats share no beginning")
         answers = _answer(one[size:], names[0]), _answer(two[size:], names[1])
     elif asked is None:
-        raise _BadRowError("missing_field", ask, "is missing; set data.columns.prompt=<column>")
+        raise BadRowError("missing_field", ask, "is missing; set data.columns.prompt=<column>")
     else:
         question = _text(asked, ask) if prompt is None else _render_chat(prompt)
         answers = _text(first, names[0]), _text(second, names[1])
     if answers[0].strip() == answers[1].strip():
         message = f"equals field {names[1]!r}: a comparison needs two different responses"
-        raise _BadRowError("equal_responses", names[0], message)
+        raise BadRowError("equal_responses", names[0], message)
     return _text(question, ask), *answers
 
 
@@ -188,7 +177,7 @@ def _alternatives(row: Row, column: str) -> tuple[list[Any], bool]:
     value = _field(row, column)
     if isinstance(value, list) and _messages(value, column) is None:
         if not value:
-            raise _BadRowError("empty_text", column, "is an empty list; responses are needed")
+            raise BadRowError("empty_text", column, "is an empty list; responses are needed")
         return value, True
     return [value], False
 
@@ -224,13 +213,13 @@ def _label(value: Any, column: str) -> int | None:
     number = _number(value)
     if column == _SIGNED_LABEL and number is not None and not isinstance(value, bool):
         if number == 0:
-            raise _BadRowError("tie", column, "is 0, a tie; a verdict for one side is needed")
+            raise BadRowError("tie", column, "is 0, a tie; a verdict for one side is needed")
         return 1 if number < 0 else 2
     text = str(int(number)) if number in (1, 2) else str(value).strip().upper().replace(" ", "")
     if text in ("A=B", "B=A", "TIE"):
-        raise _BadRowError("tie", column, f"is {_show(value)}, a tie; {_LABELS_HELP}")
+        raise BadRowError("tie", column, f"is {_show(value)}, a tie; {_LABELS_HELP}")
     if text not in _LABELS:
-        raise _BadRowError("bad_label", column, f"is {_show(value)}, neither side; {_LABELS_HELP}")
+        raise BadRowError("bad_label", column, f"is {_show(value)}, neither side; {_LABELS_HELP}")
     return _LABELS[text]
 
 
@@ -249,7 +238,7 @@ def _row_pairs(row: Row, roles: Mapping[str, str], labelled: bool) -> list[Pair]
         label = _label(row.values.get(column), column) if column else None
         if labelled and label is None:
             _field(row, column)
-            raise _BadRowError("bad_label", column, f"is empty; {_LABELS_HELP}")
+            raise BadRowError("bad_label", column, f"is empty; {_LABELS_HELP}")
         drafts.append(("", _compare(row, roles, *fields), label, {}))
     else:
         better, has_better = _alternatives(row, roles["chosen"])
@@ -273,27 +262,12 @@ def _row_pairs(row: Row, roles: Mapping[str, str], labelled: bool) -> list[Pair]
 
 def _finish(pair: Pair, seen: set[str], ranked: bool) -> Pair:
     """Make the uid unique and, where the source ranks instead of labelling, draw the slot."""
-    uid, copy = pair.uid, 1
-    while uid in seen:
-        copy += 1
-        uid = f"{pair.uid}#{copy}"
-    seen.add(uid)
-    pair = replace(pair, uid=uid)
+    pair = replace(pair, uid=unique_uid(pair.uid, seen))
     if not ranked:
         return pair
-    slot = 1 + stable_hash("slot", uid) % 2
+    slot = 1 + stable_hash("slot", pair.uid) % 2
     first, second = pair.responses
     return replace(pair, label=slot, responses=(first, second) if slot == 1 else (second, first))
-
-
-def _tolerate(path: str | Path, problems: Sequence[Problem], read: int, share: float) -> None:
-    """Refuse more bad rows than allowed, warn about fewer."""
-    if len(problems) > share * read:
-        hint = "correct them, or leave them out with data.task.on_bad_row=skip"
-        raise_problems(path, problems, hint)
-    elif problems:
-        shown = "; ".join(problem.message for problem in problems[:MAX_SHOWN])
-        warnings.warn(f"{len(problems)} of {read} rows left out: {shown}", stacklevel=3)
 
 
 def read_preference_pairs(
@@ -344,14 +318,12 @@ def read_preference_pairs(
     for row in rows:
         try:
             made = _row_pairs(row, roles, label_required)
-        except _BadRowError as error:
-            message = f"{row.where}: field {error.column!r} {error.message}"
-            problems.append(Problem(error.reason, message))
+        except BadRowError as error:
+            problems.append(error.problem(row))
         else:
             pairs += [_finish(pair, seen, "chosen" in roles) for pair in made]
     if not pairs:
         raise_problems(path, problems, "there is no usable row")
     if on_bad_row == "error":
-        _tolerate(path, problems, read, max_bad_share)
-    reasons = Counter(f"skipped/{problem.reason}" for problem in problems)
-    return pairs, {"rows": read, "pairs": len(pairs), "skipped": len(problems), **reasons}
+        tolerate(path, problems, read, max_bad_share, stacklevel=3)
+    return pairs, {"rows": read, "pairs": len(pairs), **count_skipped(problems)}

@@ -12,11 +12,12 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from datamodules.row_options import RowOptions
 from datamodules.sources import (
     MAX_SHOWN,
-    BadRowPolicy,
     Problem,
     Row,
     clean,
@@ -51,11 +52,25 @@ UID = Role(("uid", "unique_id", "id", "prompt_id"), is_required=False)
 
 
 class BadRowError(Exception):
-    """One row is unusable. Made by ``Fields.bad``, raised by ``make_record``."""
+    """One row is unusable. Made by ``Fields.bad``, raised by ``make_record``.
+
+    Args:
+        reason: Short name under which such rows are counted.
+        column: The field.
+        message: What is wrong with it.
+    """
 
     def __init__(self, reason: str, column: str, message: str) -> None:
         super().__init__(reason, column, message)
         self.reason, self.column, self.message = reason, column, message
+
+    def problem(self, row: Row) -> Problem:
+        """The same with file and line.
+
+        Args:
+            row: The row.
+        """
+        return Problem(self.reason, f"{row.where}: field {self.column!r} {self.message}")
 
 
 @dataclass(frozen=True)
@@ -127,7 +142,7 @@ class Fields:
         return value
 
 
-class PromptFile(Generic[Record]):
+class PromptFile(RowOptions, Generic[Record]):
     """Records of a file or data set, split by a hash or by files of their own.
 
     Splits go by a key, so rows that ask the same stay on one side, in whatever order and number
@@ -139,22 +154,11 @@ class PromptFile(Generic[Record]):
     records whose key also stands in a validation or test file of its own.
 
     Args:
-        path: File, folder of ``datasets.save_to_disk`` or hub name, see ``sources.scan_rows``.
+        path: As in ``RowOptions``.
         roles: What to read, the question first.
         make_record: Makes the record of a row; raises ``Fields.bad`` where it cannot.
         key_of: What a record asks, as text; None takes the value of the first role.
-        columns: Role to column where the usual names do not do.
-        format: ``auto`` or a format of ``sources.FORMATS``, for all paths.
-        split: Split of a hub data set behind ``path``.
-        val_path: Validation rows from elsewhere; the fraction is then not used.
-        val_split: Split of the hub data set for validation.
-        test_path: Test rows from elsewhere; the fraction is then not used.
-        test_split: Split of the hub data set for testing.
-        val_fraction: Share of the rows of ``path`` for validation.
-        test_fraction: Share of the rows of ``path`` for testing.
-        seed: Changes the split.
-        on_bad_row: ``error`` names up to five bad rows, ``skip`` counts them by reason.
-        max_bad_share: Share of rows that ``error`` leaves out, with a count and a warning.
+        **options: Of ``RowOptions``.
 
     Raises:
         ValueError: A value is not allowed; all such values are named at once.
@@ -171,30 +175,11 @@ class PromptFile(Generic[Record]):
         roles: Mapping[str, Role],
         make_record: Callable[[Fields], Record],
         key_of: Callable[[Record], str] | None = None,
-        columns: Mapping[str, str | None] | None = None,
-        format: str = "auto",
-        split: str | None = None,
-        val_path: str | None = None,
-        val_split: str | None = None,
-        test_path: str | None = None,
-        test_split: str | None = None,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.2,
-        seed: int = 0,
-        on_bad_row: BadRowPolicy = "error",
-        max_bad_share: float = 0.0,
+        **options: Any,
     ) -> None:
-        self.path, self.roles, self.make_record = path, dict(roles) | {"uid": UID}, make_record
+        super().__init__(path=path, **options)
+        self.roles, self.make_record = dict(roles) | {"uid": UID}, make_record
         self.key_of = key_of
-        self.columns, self.format, self.split = dict(columns or {}), format, split
-        self.sources: dict[Split, tuple[str, str | None]] = {}
-        if val_path or val_split:
-            self.sources["val"] = (val_path or path, val_split)
-        if test_path or test_split:
-            self.sources["test"] = (test_path or path, test_split)
-        self.val_fraction = 0.0 if "val" in self.sources else val_fraction
-        self.test_fraction = 0.0 if "test" in self.sources else test_fraction
-        self.seed, self.on_bad_row, self.max_bad_share = seed, on_bad_row, max_bad_share
         self.counts: Counter[str] = Counter()
         self._records: dict[Split, list[Record]] = {}
         self._check()
@@ -206,18 +191,12 @@ class PromptFile(Generic[Record]):
             for role in self.columns
             if role not in self.roles
         ]
-        shares = self.val_fraction, self.test_fraction
-        if min(shares) < 0 or sum(shares) > 1:
-            problems.append(
-                f"data.task.val_fraction={shares[0]}, data.task.test_fraction={shares[1]}: both "
-                "are shares of the rows, 0 or more, together 1 at most"
-            )
+        problems += self.share_problems()
         if self.on_bad_row not in ("error", "skip"):
             problems.append(f"data.task.on_bad_row={self.on_bad_row!r}: allowed are error, skip")
         if not 0 <= self.max_bad_share <= 1:
             problems.append(f"data.task.max_bad_share={self.max_bad_share}: a share from 0 to 1")
-        if not self.path:
-            problems.append("data.path is not set: name a file, a folder or a hub data set")
+        problems += self.path_problems()
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -244,7 +223,7 @@ class PromptFile(Generic[Record]):
         rows = self._read("main", self.path, self.split, seen)
         trained = set()
         for record, key in rows:
-            split = self._split_of(key)
+            split = self.split_of(key)
             found[split].append(record)
             trained |= {key} if split == "train" else set()
         for split, (path, part) in self.sources.items():
@@ -257,12 +236,6 @@ class PromptFile(Generic[Record]):
         self._records |= found
         self.counts.update({split: len(records) for split, records in found.items()})
 
-    def _split_of(self, key: str) -> Split:
-        place = stable_hash("split", self.seed, key) / 2**64
-        if place < self.test_fraction:
-            return "test"
-        return "val" if place < self.test_fraction + self.val_fraction else "train"
-
     def _read(
         self, source: str, path: str, part: str | None, seen: set[str]
     ) -> list[tuple[Record, str]]:
@@ -274,27 +247,21 @@ class PromptFile(Generic[Record]):
         question = next(iter(self.roles))
         out: list[tuple[Record, str]] = []
         for row in rows:
-            uid = _unique(_uid(Fields(row, columns)), seen)
+            uid = unique_uid(_uid(Fields(row, columns)), seen)
             fields = Fields(row, columns, uid, source != "predict")
             try:
                 record = self.make_record(fields)
             except BadRowError as error:
-                message = f"{row.where}: field {error.column!r} {error.message}"
-                problems.append(Problem(error.reason, message))
+                problems.append(error.problem(row))
                 seen.discard(fields.uid)
             else:
                 asked = str(row.values.get(columns[question]))
                 out.append((record, self.key_of(record) if self.key_of else asked))
         if not out:
             raise_problems(path, problems, "there is no usable row")
-        if self.on_bad_row == "error" and len(problems) > self.max_bad_share * read:
-            hint = "correct them, or leave them out with data.task.on_bad_row=skip"
-            raise_problems(path, problems, hint)
-        elif self.on_bad_row == "error" and problems:
-            shown = "; ".join(problem.message for problem in problems[:MAX_SHOWN])
-            warnings.warn(f"{len(problems)} of {read} rows left out: {shown}", stacklevel=5)
-        reasons = Counter(f"skipped/{problem.reason}" for problem in problems)
-        counts = {"rows": read, "records": len(out), "skipped": len(problems), **reasons}
+        if self.on_bad_row == "error":
+            tolerate(path, problems, read, self.max_bad_share, stacklevel=6)
+        counts = {"rows": read, "records": len(out), **count_skipped(problems)}
         self.counts.update({f"{source}/{name}": value for name, value in counts.items()})
         return out
 
@@ -325,11 +292,49 @@ def _uid(fields: Fields) -> str:
     return f"{stable_hash(*values):016x}"
 
 
-def _unique(uid: str, seen: set[str]) -> str:
-    """The uid, numbered where another row has it already."""
+def unique_uid(uid: str, seen: set[str]) -> str:
+    """The uid, numbered where another row has it already.
+
+    Args:
+        uid: The row's own.
+        seen: Those that are taken; the result is added.
+    """
     free, copy = uid, 1
     while free in seen:
         copy += 1
         free = f"{uid}#{copy}"
     seen.add(free)
     return free
+
+
+def tolerate(
+    path: str | Path, problems: Sequence[Problem], read: int, share: float, *, stacklevel: int
+) -> None:
+    """Refuse more bad rows than allowed, warn about fewer.
+
+    Args:
+        path: Where they stand.
+        problems: One a bad row.
+        read: How many rows there are.
+        share: How many of them may be bad.
+        stacklevel: Of the warning.
+
+    Raises:
+        ValueError: There are more.
+    """
+    if len(problems) > share * read:
+        hint = "correct them, or leave them out with data.task.on_bad_row=skip"
+        raise_problems(path, problems, hint)
+    elif problems:
+        shown = "; ".join(problem.message for problem in problems[:MAX_SHOWN])
+        warnings.warn(f"{len(problems)} of {read} rows left out: {shown}", stacklevel=stacklevel)
+
+
+def count_skipped(problems: Sequence[Problem]) -> dict[str, int]:
+    """``skipped`` and ``skipped/<reason>``.
+
+    Args:
+        problems: One a bad row.
+    """
+    reasons = Counter(f"skipped/{problem.reason}" for problem in problems)
+    return {"skipped": len(problems), **reasons}

@@ -13,16 +13,17 @@ assumed] or come from a file of the public set's shape (``nums``, ``target``). S
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.experience import Completion, FinishReason, Prompt
 from datamodules.prompt_rows import BadRowError, Fields, PromptFile, Role
 from datamodules.prompt_writer import PromptWriter
-from datamodules.sources import BadRowPolicy, nearest
+from datamodules.row_options import RowOptions
+from datamodules.sources import nearest
 from datamodules.tasks.base import Demonstration, Split, Task
 from datamodules.tasks.countdown_puzzles import (
     TAGS,
@@ -43,7 +44,7 @@ _MAX_NUMBERS = 20
 _EXAMPLE = "<think>1 + 2 = 3, 3 * 4 = 12</think> <answer>(1 + 2) * 4</answer>"
 
 
-class Countdown(Task):
+class Countdown(RowOptions, Task):
     """Countdown puzzles with an exact 0/1 verifier.
 
     ``verify`` gives ``reward``, ``valid`` (the answer block is there), and of ``format_error``,
@@ -59,7 +60,6 @@ class Countdown(Task):
         num_train: Drawn puzzles of the split ``train``.
         num_val: Drawn puzzles of the split ``val``.
         num_test: Drawn puzzles of the split ``test``.
-        seed: Of puzzles, or of the split of a file.
         path: File of puzzles; None draws them.
         style: ``words`` or ``text``, see above.
         pad_vocabulary: ``words``: unused words ``<unused_i>`` fill the vocabulary up to this size;
@@ -69,18 +69,7 @@ class Countdown(Task):
         max_prompt_tokens: Longest prompt; a longer one is an error, as it cannot be cut.
         max_new_tokens: Most tokens of a completion; None leaves the module's bound.
         domain: Name of these prompts in metrics.
-        columns: Role to column where the usual names do not do; this and the rest as in
-            ``PromptFile``.
-        format: ``auto`` or a format of ``sources.FORMATS``.
-        split: Split of a hub data set behind ``path``.
-        val_path: Validation rows from elsewhere.
-        val_split: Split of the hub data set for validation.
-        test_path: Test rows from elsewhere.
-        test_split: Split of the hub data set for testing.
-        val_fraction: Share of the rows of ``path`` for validation.
-        test_fraction: Share of the rows of ``path`` for testing.
-        on_bad_row: ``error`` or ``skip`` and count.
-        max_bad_share: Share of bad rows that ``error`` leaves out with a warning.
+        **options: Of ``RowOptions``; ``seed`` is that of drawn puzzles too.
 
     Raises:
         ValueError: A value is not allowed; all such values are named at once.
@@ -104,7 +93,6 @@ class Countdown(Task):
         num_train: int = 1000,
         num_val: int = 100,
         num_test: int = 200,
-        seed: int = 0,
         path: str | None = None,
         style: Literal["words", "text"] = "words",
         pad_vocabulary: int = 0,
@@ -113,46 +101,26 @@ class Countdown(Task):
         max_prompt_tokens: int = 512,
         max_new_tokens: int | None = None,
         domain: str = "countdown",
-        columns: Mapping[str, str | None] | None = None,
-        format: str = "auto",
-        split: str | None = None,
-        val_path: str | None = None,
-        val_split: str | None = None,
-        test_path: str | None = None,
-        test_split: str | None = None,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.2,
-        on_bad_row: BadRowPolicy = "error",
-        max_bad_share: float = 0.0,
+        **options: Any,
     ) -> None:
+        super().__init__(path=path or "", **options)
         self.shape = PuzzleShape(
             tuple(num_operands), min_number, max_number, min_target, max_target, operators
         )
         self.style, self.pad_vocabulary, self.noise = style, pad_vocabulary, noise
-        self.max_new_tokens, self.domain, self.path = max_new_tokens, domain, path
+        self.max_new_tokens, self.domain = max_new_tokens, domain
         sizes = {"num_train": num_train, "num_val": num_val, "num_test": num_test}
         self._check(sizes)
         self.puzzles: DrawnPuzzles | PromptFile[Puzzle]
         if path is None:
-            self.puzzles = DrawnPuzzles(self.shape, **sizes, seed=seed)
+            self.puzzles = DrawnPuzzles(self.shape, **sizes, seed=self.seed)
         else:
             self.puzzles = PromptFile(
                 path,
                 roles=ROLES,
                 make_record=self._read_row,
                 key_of=lambda puzzle: puzzle.key,
-                seed=seed,
-                columns=columns,
-                format=format,
-                split=split,
-                val_path=val_path,
-                val_split=val_split,
-                test_path=test_path,
-                test_split=test_split,
-                val_fraction=val_fraction,
-                test_fraction=test_fraction,
-                on_bad_row=on_bad_row,
-                max_bad_share=max_bad_share,
+                **options,
             )
         self.writer = PromptWriter(
             chat_template=chat_template,

@@ -10,13 +10,14 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.experience import Completion, FinishReason, Prompt
 from datamodules.preference_rows import read_preference_pairs
-from datamodules.sources import BadRowPolicy, nearest, stable_hash
+from datamodules.row_options import RowOptions
+from datamodules.sources import nearest, stable_hash
 from datamodules.tasks.base import Demonstration, JudgeTask, Pair, Split, Verdict
 from datamodules.tasks.verdict_format import (
     GENERIC_ANALYSES,
@@ -35,7 +36,7 @@ from datamodules.tasks.verdict_format import (
 )
 
 
-class PreferencePairs(JudgeTask):
+class PreferencePairs(RowOptions, JudgeTask):
     """Comparisons from a file or data set, split by a hash, judged in text.
 
     The split ``predict`` is the whole main file in its order, with or without labels, and is read
@@ -47,17 +48,6 @@ class PreferencePairs(JudgeTask):
     response prompt was cut) and ``cut_reflection`` (reflection prompts that were cut).
 
     Args:
-        path: File, folder of ``datasets.save_to_disk`` or hub name, see ``sources.scan_rows``.
-        format: ``auto`` or a format of ``sources.FORMATS``, for all paths.
-        columns: Role to column name where the usual names do not do.
-        split: Split of a hub data set behind ``path``.
-        val_path: Validation pairs from elsewhere; the fraction is then not used.
-        val_split: Split of the hub data set for validation.
-        test_path: Test pairs from elsewhere; the fraction is then not used.
-        test_split: Split of the hub data set for testing.
-        val_fraction: Share of the rows of ``path`` for validation.
-        test_fraction: Share of the rows of ``path`` for testing. Pairs of one row stay together.
-        seed: Changes the split.
         labels: ``optional`` allows pairs without label outside of ``predict`` too; those always go
             to the test split.
         max_prompt_tokens: Upper bound of a prompt; longer texts are cut, see
@@ -67,10 +57,9 @@ class PreferencePairs(JudgeTask):
             common bound; None has only that one.
         control_token: Appended to every prompt, e.g. ``/no_think`` [paper].
         chat_template: ``auto`` uses the tokenizer's where it has one, ``off`` never.
-        on_bad_row: ``error`` or ``skip`` and count.
-        max_bad_share: Share of bad rows that ``error`` leaves out with a warning.
         on_too_long: ``cut``, ``skip`` (leave the pair out) or ``error``. Reflection prompts are
             made on the fly and always cut.
+        **options: Of ``RowOptions``; the pairs of one row stay in one split.
 
     Raises:
         ValueError: A value is not allowed.
@@ -81,41 +70,20 @@ class PreferencePairs(JudgeTask):
     def __init__(
         self,
         *,
-        path: str,
-        format: str = "auto",
-        columns: Mapping[str, str | None] | None = None,
-        split: str | None = None,
-        val_path: str | None = None,
-        val_split: str | None = None,
-        test_path: str | None = None,
-        test_split: str | None = None,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.2,
-        seed: int = 0,
         labels: Literal["required", "optional"] = "required",
         max_prompt_tokens: int = 512,
         max_analysis_tokens: int | None = None,
         max_new_tokens: int | None = None,
         control_token: str | None = None,
         chat_template: Literal["auto", "off"] = "auto",
-        on_bad_row: BadRowPolicy = "error",
-        max_bad_share: float = 0.0,
         on_too_long: Literal["cut", "skip", "error"] = "cut",
+        **options: Any,
     ) -> None:
-        self.path, self.format, self.split = path, format, split
-        self.columns = dict(columns or {})
-        self.sources: dict[Split, tuple[str, str | None]] = {}
-        if val_path or val_split:
-            self.sources["val"] = (val_path or path, val_split)
-        if test_path or test_split:
-            self.sources["test"] = (test_path or path, test_split)
-        self.val_fraction = 0.0 if "val" in self.sources else val_fraction
-        self.test_fraction = 0.0 if "test" in self.sources else test_fraction
-        self.seed, self.labels = seed, labels
+        super().__init__(**options)
+        self.labels = labels
         self.max_prompt_tokens, self.max_analysis_tokens = max_prompt_tokens, max_analysis_tokens
         self.max_new_tokens = max_new_tokens
         self.control_token, self.chat_template = control_token, chat_template
-        self.on_bad_row, self.max_bad_share = on_bad_row, max_bad_share
         self.on_too_long = on_too_long
         self.counts: Counter[str] = Counter()
         self._records: dict[Split, list[Pair]] = {}
@@ -136,18 +104,12 @@ class PreferencePairs(JudgeTask):
             for key, options in allowed.items()
             if (value := getattr(self, key)) not in options
         ]
-        shares = self.val_fraction, self.test_fraction
-        if min(shares) < 0 or sum(shares) > 1:
-            problems.append(
-                f"data.task.val_fraction={shares[0]}, data.task.test_fraction={shares[1]}: both "
-                "are shares of the rows, 0 or more, together 1 at most"
-            )
+        problems += self.share_problems()
         for key in ("max_prompt_tokens", "max_analysis_tokens", "max_new_tokens"):
             size = getattr(self, key)
             if size is not None and size < 1:
                 problems.append(f"data.task.{key}={size}: 1 or more is needed")
-        if not self.path:
-            problems.append("data.path is not set: name a file, a folder or a hub data set")
+        problems += self.path_problems()
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -183,7 +145,9 @@ class PreferencePairs(JudgeTask):
         found: dict[Split, list[Pair]] = {"train": [], "val": [], "test": []}
         pairs, counts = self._read_source("main", self.path, self.split, label_required)
         for pair in pairs:
-            found[self._split_of(pair)].append(pair)
+            # by the row, so that all pairs of one row stay on one side
+            split = "test" if pair.label is None else self.split_of(pair.extra["row_uid"])
+            found[split].append(pair)
         for split, (path, part) in self.sources.items():
             pairs, more = self._read_source(split, path, part, label_required)
             found[split] += pairs
@@ -203,13 +167,6 @@ class PreferencePairs(JudgeTask):
             label_required=label_required,
         )
         return pairs, {f"{name}/{key}": value for key, value in counts.items()}
-
-    def _split_of(self, pair: Pair) -> Split:
-        """By the row, so that all pairs of one row stay on one side."""
-        place = stable_hash("split", self.seed, pair.extra["row_uid"]) / 2**64
-        if pair.label is None or place < self.test_fraction:
-            return "test"
-        return "val" if place < self.test_fraction + self.val_fraction else "train"
 
     # ---- Tokenizer ------------------------------------------------------------------------------
 
