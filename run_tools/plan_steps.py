@@ -8,6 +8,7 @@ as long as the longest of the task, completions as long as they may be.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
@@ -15,11 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from datamodules.engines.base import Engine, Sampling
 from datamodules.engines.decode import _Loop, choose_tokens, supports_buffered_cache
-from datamodules.experience import Completion, FinishReason, Prompt, Rollouts
+from datamodules.experience import Candidates, Completion, FinishReason, Prompt, Rollouts
 from lightning_modules.backbones.sharding import decoder_layers
+from lightning_modules.policy_rl.base import PolicyModule
 from run_tools.plan_meter import Meter, Peak
 
 
@@ -51,12 +54,28 @@ class StandInEngine(Engine):
         limits = tuple(min(bound, prompt.max_new_tokens or bound) for prompt in prompts)
         self.requests.append(Request(tuple(prompts), limits, sampling.samples))
         return [
-            [Completion((1,) * limit, (-1.0,) * limit, FinishReason.LENGTH)] * sampling.samples
+            [
+                Completion(
+                    (1,) * limit,
+                    (-1.0,) * limit,
+                    FinishReason.LENGTH,
+                    candidates=_candidates(limit, sampling.candidates),
+                )
+            ]
+            * sampling.samples
             for limit in limits
         ]
 
     def sync(self, policy: Any, version: int) -> None:
         """Nothing to take."""
+
+
+def _candidates(length: int, count: int) -> Candidates | None:
+    """Equally probable ones, so that every place is as good to branch at."""
+    if not count:
+        return None
+    ids = torch.arange(count).expand(length, count)
+    return Candidates(ids, torch.full((length, count), -math.log(count)))
 
 
 class StandInTrainer(SimpleNamespace):
@@ -156,11 +175,18 @@ def cut_layers(module: Any, count: int) -> None:
 def make_rollouts(module: Any, data: Any, prompts: Sequence[Prompt]) -> tuple[Any, list[Request]]:
     """Rollouts of stand-in completions through the module's ``rollout`` and ``score``.
 
+    A rollout that looks at weights, as trees do to choose where to branch, is planned as flat
+    samples of as many completions: an upper bound of its tokens.
+
     Returns:
         The rollouts and what the engine was asked for.
     """
     engine = StandInEngine()
-    rollouts: Rollouts = module.rollout(list(prompts), engine)
+    try:
+        rollouts: Rollouts = module.rollout(list(prompts), engine)
+    except DataDependentOutputException:
+        engine = StandInEngine()
+        rollouts = PolicyModule.rollout(module, list(prompts), engine)
     rollouts.num_updates = data.mini_batches * data.passes
     rollouts.reward = torch.zeros(len(rollouts))
     with contextlib.suppress(Exception):  # meaningless completions may have no score

@@ -61,19 +61,22 @@ def test_callbacks_default_keeps_the_surgery_and_a_user_can_remove_it(make_confi
     assert "gradient_surgery" not in removed.callbacks
 
 
-def test_arms_change_the_surgery_only(make_config: Make) -> None:
+def test_arms_change_the_surgery_and_one_the_advantages(make_config: Make) -> None:
     config = make_config("model=mgs", smoke=False)
     seen = {}
     for arm in config.arms:
         changed = OmegaConf.merge(config, OmegaConf.from_dotlist(list(config.arms[arm])))
         surgery = instantiate(changed.callbacks.gradient_surgery)
         seen[arm] = (surgery.method, surgery.granularity)
+        assert changed.model.normalize_std is (arm == "normalised")
+        changed.model.normalize_std = config.model.normalize_std
         assert {**changed, "callbacks": None} == {**config, "callbacks": None}
     assert seen == {
         "naive": ("none", "tensor"),
         "global": ("pcgrad", "global"),
         "module": ("pcgrad", "module"),
         "layer": ("pcgrad", "layer"),
+        "normalised": ("none", "tensor"),
     }
 
 
@@ -95,7 +98,7 @@ def test_the_paper_s_recipe_on_a_tiny_backbone(
     make_config: Make, files: dict[str, str], tmp_path: Path
 ) -> None:
     tiny = ["backbone=tiny", "backbone.path=null", "trainer=auto", "engine=hf"]
-    tiny += ["trainer.precision=32-true", *SMALL, "backbone.warm_start.steps=0"]
+    tiny += ["trainer.strategy=auto", "~engine.dtype", *SMALL, "backbone.warm_start.steps=0"]
     config = make_config("experiment=mgs_paper", *own_files(files), *tiny, smoke=False)
     with open_dict(config):
         config.run_dir, config.predictions = str(tmp_path), str(tmp_path / "p.jsonl")

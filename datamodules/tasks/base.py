@@ -32,6 +32,8 @@ class Task(ABC):
 
     name: str = "task"
     tokenizer: PreTrainedTokenizerBase
+    #: Upper bound of a prompt where there is one; a plan uses it while prompts are not at hand.
+    max_prompt_tokens: int | None = None
 
     def vocabulary(self) -> list[str] | None:
         """Words of a word-level tokenizer for the tiny backbone; None asks for a byte-level one.

@@ -122,6 +122,7 @@ class Countdown(RowOptions, Task):
                 key_of=lambda puzzle: puzzle.key,
                 **options,
             )
+        self.max_prompt_tokens = max_prompt_tokens
         self.writer = PromptWriter(
             chat_template=chat_template,
             max_prompt_tokens=max_prompt_tokens,

@@ -72,6 +72,7 @@ class FilePrompts(RowOptions, Task, Generic[Record]):
         self.file: PromptFile[Record] = PromptFile(
             roles=self.roles, make_record=self.make_record, **options
         )
+        self.max_prompt_tokens = max_prompt_tokens
         self.writer = PromptWriter(
             system_prompt=system_prompt,
             chat_template=chat_template,

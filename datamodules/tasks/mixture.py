@@ -65,6 +65,9 @@ class Mixture(Task):
                 problems.append(f"{key} judges pairs, whose domain is pref: name it pref")
         if problems:
             raise ValueError("; ".join(problems))
+        bounds = [task.max_prompt_tokens for task in self.tasks.values()]
+        known = [bound for bound in bounds if bound is not None]
+        self.max_prompt_tokens = max(known) if len(known) == len(bounds) else None
 
     def vocabulary(self) -> list[str] | None:
         """All words in the order of the parts, each once; None where no part lists words.

@@ -81,7 +81,8 @@ class PreferencePairs(RowOptions, JudgeTask):
     ) -> None:
         super().__init__(**options)
         self.labels = labels
-        self.max_prompt_tokens, self.max_analysis_tokens = max_prompt_tokens, max_analysis_tokens
+        self.max_prompt_tokens: int = max_prompt_tokens
+        self.max_analysis_tokens = max_analysis_tokens
         self.max_new_tokens = max_new_tokens
         self.control_token, self.chat_template = control_token, chat_template
         self.on_too_long = on_too_long
