@@ -84,7 +84,7 @@ def draw_curves(path: Path, title: str, curves: Curves, tags: Sequence[str]) -> 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         size = (8.0, 0.9 + 2.6 * len(tags))
-        figure = Figure(figsize=size, dpi=150, layout="constrained")
+        figure = Figure(figsize=size, dpi=90, layout="constrained")
         FigureCanvasAgg(figure)
         panels: Any = figure.subplots(len(tags), 1, squeeze=False)
         for panel, tag in zip(panels[:, 0], tags, strict=True):
