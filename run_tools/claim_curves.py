@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from run_tools.claim_figure import COLOURS
+from run_tools.claim_figure import COLOURS, figure_file, name_arms
 from run_tools.claim_page import Table
 
 Points = dict[int, float]
@@ -76,39 +75,28 @@ def draw_curves(path: Path, title: str, curves: Curves, tags: Sequence[str]) -> 
         curves: Of ``read_curves``.
         tags: Panels.
     """
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     arms = sorted({arm for arm, _ in curves})
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        size = (8.0, 0.9 + 2.6 * len(tags))
-        figure = Figure(figsize=size, dpi=90, layout="constrained")
-        FigureCanvasAgg(figure)
+    with figure_file(path, title, (8.0, 0.9 + 2.6 * len(tags)), dpi=90) as figure:
         panels: Any = figure.subplots(len(tags), 1, squeeze=False)
         for panel, tag in zip(panels[:, 0], tags, strict=True):
             for index, arm in enumerate(arms):
-                runs = list(curves.get((arm, tag), {}).values())
-                if not runs:
-                    continue
-                steps = sorted(set.intersection(*(set(run) for run in runs)))
-                columns = [[run[step] for run in runs] for step in steps]
-                style = {"color": COLOURS[index % len(COLOURS)]}
-                dash = ("-", "--", ":")[index // len(COLOURS) % 3]
-                means = [statistics.fmean(column) for column in columns]
-                panel.plot(steps, means, dash, label=arm, linewidth=1.3, **style)
-                lows, highs = [min(c) for c in columns], [max(c) for c in columns]
-                panel.fill_between(steps, lows, highs, alpha=0.12, linewidth=0, **style)
+                _draw_arm(panel, arm, index, list(curves.get((arm, tag), {}).values()))
             panel.set_ylabel(tag, fontsize=8)
             panel.grid(color="#dddddd", linewidth=0.6)
             panel.spines[["top", "right"]].set_visible(False)
         panels[-1, 0].set_xlabel("optimizer step")
-        handles, labels = panels[0, 0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=min(len(arms), 5), frameon=False
-        )
-        figure.suptitle(title, fontsize=11)
-        unfinished = path.with_suffix(".unfinished")
-        figure.savefig(unfinished, format="png", metadata={"Software": None})
-    os.replace(unfinished, path)
+        name_arms(figure, panels[0, 0], columns=min(len(arms), 5))
+
+
+def _draw_arm(panel: Any, arm: str, index: int, runs: Sequence[Points]) -> None:
+    if not runs:
+        return
+    steps = sorted(set.intersection(*(set(run) for run in runs)))
+    columns = [[run[step] for run in runs] for step in steps]
+    style = {"color": COLOURS[index % len(COLOURS)]}
+    dash = ("-", "--", ":")[index // len(COLOURS) % 3]
+    panel.plot(
+        steps, [statistics.fmean(c) for c in columns], dash, label=arm, linewidth=1.3, **style
+    )
+    lows, highs = [min(c) for c in columns], [max(c) for c in columns]
+    panel.fill_between(steps, lows, highs, alpha=0.12, linewidth=0, **style)

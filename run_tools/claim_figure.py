@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,26 +43,43 @@ def draw_claim(
         rows: One group of bars each.
         metrics: One panel each.
     """
+    width = min(16.0, max(6.0, 1.5 + 0.19 * len(arms) * len(rows) + 0.35 * len(rows)))
+    with figure_file(path, title, (width, 0.9 + 2.9 * len(metrics)), dpi=150) as figure:
+        panels: Any = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)
+        for panel, metric in zip(panels[:, 0], metrics, strict=True):
+            _draw_panel(panel, metric, cells, arms, rows)
+        name_arms(figure, panels[0, 0], columns=min(len(arms), 6))
+
+
+@contextmanager
+def figure_file(path: Path, title: str, size: tuple[float, float], *, dpi: int) -> Iterator[Any]:
+    """A figure to draw on, written as PNG at the end, whole or not at all.
+
+    Args:
+        path: Where to.
+        title: Above the panels.
+        size: Width and height (inches).
+        dpi: Dots an inch.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        width = min(16.0, max(6.0, 1.5 + 0.19 * len(arms) * len(rows) + 0.35 * len(rows)))
-        figure = Figure(figsize=(width, 0.9 + 2.9 * len(metrics)), dpi=150, layout="constrained")
+        figure = Figure(figsize=size, dpi=dpi, layout="constrained")
         FigureCanvasAgg(figure)
-        panels: Any = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)
-        for panel, metric in zip(panels[:, 0], metrics, strict=True):
-            _draw_panel(panel, metric, cells, arms, rows)
-        handles, labels = panels[0, 0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=min(len(arms), 6), frameon=False
-        )
+        yield figure
         figure.suptitle(title, fontsize=11)
         unfinished = path.with_suffix(".unfinished")
         figure.savefig(unfinished, format="png", metadata={"Software": None})
     os.replace(unfinished, path)
+
+
+def name_arms(figure: Any, panel: Any, *, columns: int) -> None:
+    """One legend below all panels."""
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _draw_panel(
