@@ -204,7 +204,7 @@ def run_one(config: DictConfig, folder: RunFolder) -> dict[str, Any]:
             for_training=config.mode.startswith("fit"),
         )
     module = build_module(config, backbone)
-    module.task_name = data.task.name
+    module.task_name, module.task_settings = data.task.name, plain(config.data.task)
     trainer = build_trainer(config, data, folder)
     metrics: dict[str, Any] = {}
     options = {"datamodule": data, "weights_only": True}

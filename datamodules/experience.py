@@ -191,7 +191,7 @@ class Experience:
         sampler_logprobs: ``(N, T)`` what the engine reported.
         advantages: ``(N, T)``.
         reward: ``(N,)``.
-        groups: ``(N,)``.
+        groups: ``(N,)`` equal for rows of one prompt.
         domains: ``(N,)`` index into ``domain_names``.
         domain_names: Names of the domains in this batch.
         policy_version: Optimizer steps the sampling policy had seen.
@@ -282,7 +282,7 @@ def collate(rollouts: Rollouts) -> Experience:
         sampler_logprobs=sampler,
         advantages=advantages.float() * mask,
         reward=torch.zeros(count) if rollouts.reward is None else rollouts.reward.float(),
-        groups=rollouts.groups,
+        groups=prompt_groups(rollouts),
         domains=torch.tensor([names.index(p.domain) for p in prompts], dtype=torch.long),
         domain_names=names,
         policy_version=rollouts.policy_version,
@@ -290,3 +290,15 @@ def collate(rollouts: Rollouts) -> Experience:
         ref_logprobs=rollouts.ref_logprobs,
         extra=rollouts.extra,
     )
+
+
+def prompt_groups(rollouts: Rollouts) -> Tensor:
+    """``(N,)`` equal for rows of one group with the same prompt tokens.
+
+    A group whose rows begin in several ways (forced beginnings, criteria of their own) shares a
+    baseline, but no prompt.
+    """
+    numbers: dict[tuple[int, tuple[int, ...]], int] = {}
+    rows = zip(rollouts.groups.tolist(), rollouts.prompts, strict=True)
+    keys = [(group, prompt.token_ids) for group, prompt in rows]
+    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys], dtype=torch.long)

@@ -86,6 +86,7 @@ class BaseModule(LightningModule):
         self.bad_steps = 0
         self.strict_loading = False  # our own check in on_load_checkpoint is stricter and clearer
         self.task_name = ""
+        self.task_settings: dict[str, Any] = {}  # what makes the task again, for exported judges
         #: Newest value of every logged tag, in full precision.
         self.results: dict[str, float] = {}
         self._window: Metrics = {}
@@ -249,12 +250,14 @@ class BaseModule(LightningModule):
     def export(self, folder: str | Path, tokenizer: Any) -> None:
         """Write the policy as a plain Hugging Face folder; every rank must call it."""
         assert self.policy is not None
-        info = {
-            "module": f"{type(self).__module__}.{type(self).__qualname__}",
-            "task": self.task_name,
-        }
+        info = self.export_info()
         is_writer = self._trainer is None or self.trainer.is_global_zero
         export_hf(self.policy, tokenizer, folder, info=info, is_writer=is_writer)
+
+    def export_info(self) -> dict[str, Any]:
+        """What ``litpost.json`` of the exported folder says."""
+        module = f"{type(self).__module__}.{type(self).__qualname__}"
+        return {"module": module, "task": self.task_name}
 
     def _is_saved(self, name: str) -> bool:
         if name.startswith("reference."):

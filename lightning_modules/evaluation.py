@@ -58,7 +58,15 @@ class EvaluatedModule(BaseModule):
         merged: Metrics = {}
         for other in gather_objects(own):
             merged = merge(merged, other)
-        return named_domains(means(merged))
+        return named_domains(means(merged)) | self.composites(merged)
+
+    def composites(self, merged: Metrics) -> dict[str, float]:
+        """Values that are no plain means; none here.
+
+        Args:
+            merged: Tag -> (sum, count) of an evaluation, of all batches and ranks.
+        """
+        return {}
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation at the current step."""

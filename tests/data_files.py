@@ -1,4 +1,4 @@
-"""Small files of every shape that a ``data=..._file`` option reads, and a tiny reward model."""
+"""Small files of every shape that a ``data=..._file`` option reads, a reward model, a judge."""
 
 from __future__ import annotations
 
@@ -9,12 +9,24 @@ from typing import Any
 
 from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
-from lightning_modules.backbones.tiny import byte_tokenizer
+from datamodules.tasks.mini_writing_pairs import MiniWritingPairs
+from lightning_modules.backbones.tiny import (
+    TinyOptions,
+    build_tiny,
+    byte_tokenizer,
+    word_tokenizer,
+)
+from lightning_modules.grm.ac_genrm import ACGenRM
+
+
+def _pair(i: int) -> dict[str, Any]:
+    return {"question": f"{i}?", "response_A": "a", "response_B": "b", "label": "AB"[i % 2]}
+
 
 ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "preference_file": lambda i: {
-        "question": f"{i}?", "response_A": "a", "response_B": "b", "label": "AB"[i % 2],
-    },
+    "preference_file": _pair,
+    "criteria_file": _pair,
+    "writing_file": lambda i: {"prompt": f"Write about {i}.", "type": ("long", "short")[i % 2]},
     "gsm8k_file": lambda i: {"question": f"What is {i} + 1?", "answer": f"Add.\n#### {i + 1}"},
     "countdown_file": lambda i: {"nums": [i, 2, 3], "target": i + 5},
     "chat_file": lambda i: {"prompt": f"Tell me about the number {i}."},
@@ -57,3 +69,18 @@ def write_reward_model(folder: Path) -> Path:
     Qwen3ForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_judge(folder: Path, **task_options: Any) -> Path:
+    """The export folder of a random AC-GenRM for miniature texts."""
+    task = MiniWritingPairs(**task_options)
+    shape = TinyOptions(
+        hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8
+    )
+    build_tiny(folder / "backbone", task.vocabulary(), shape, seed=0)
+    module = ACGenRM(backbone=str(folder / "backbone"), num_votes=3, max_new_tokens=8)
+    name = f"{MiniWritingPairs.__module__}.{MiniWritingPairs.__qualname__}"
+    module.task_name, module.task_settings = task.name, {"_target_": name, **task_options}
+    module.configure_model()
+    module.export(folder / "export", word_tokenizer(task.vocabulary()))
+    return folder / "export"

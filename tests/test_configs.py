@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from lightning_modules.backbones.tiny import TinyOptions, build_tiny
 from run_tools.folder import RunFolder, flatten
-from tests.data_files import data_options, write_reward_model
+from tests.data_files import data_options, write_judge, write_reward_model
 from tests.runs import ONE_UPDATE, REPO, SMALL, board, command, main, read_jsonl, scalars, small
 
 CONF = REPO / "conf"
@@ -100,6 +100,7 @@ def test_option(
     needs = {
         "backbone=hf": [f"backbone.path={tiny_folder}", "backbone.dtype=float32"],
         "reward=model": [f"reward.path={reward_model}", "reward.dtype=float32"],
+        "reward=judge": [f"reward.path={write_judge(tmp_path)}"] if name == "judge" else [],
         "engine=scripted": [f"engine.path={script}"],
         "trainer=fsdp": ["trainer.accelerator=cpu"],
         "trainer=slurm": ["trainer.accelerator=cpu"],
@@ -285,7 +286,10 @@ def test_tensorboard_of_a_run(finished: Path) -> None:
     tags = reader.Tags()
     prefixes = {tag.split("/")[0] for tag in tags["scalars"] if "/" in tag}
     assert {"train", "rollout", "perf", "val", "test"} <= prefixes
-    assert prefixes <= {"train", "rollout", "perf", "val", "test", "time", "mem", "surgery"}
+    assert prefixes <= {
+        "train", "rollout", "perf", "val", "test", "time", "mem", "surgery",
+        "pseudo", "critique", "criteria",
+    }  # fmt: skip
     for tag in ("train/loss", "train/lr", "rollout/reward_mean", "perf/tokens_per_s"):
         assert [step for step, _ in scalars(reader, tag)] == [1, 2]
     for tag in tags["scalars"]:

@@ -72,6 +72,8 @@ class PrefixAudit(JudgeTask):
         lenient: Demonstrations: probability to tick a wrong digit of response 1 that claims 0.
         stray: Demonstrations: probability to tick any other wrong digit, in either slot.
         sum_slip: Demonstrations: probability that a running sum slips; the slip propagates.
+        slot_bias: Demonstrations: probability that a preference verdict for slot 2 is written as
+            slot 1, whatever the analysis says.
         reflection_share: Share of reflections among the demonstrations.
         broad_sum: Broad noise: probability of a wrong sum.
         broad_mark: Broad noise: probability of a wrong mark.
@@ -105,6 +107,7 @@ class PrefixAudit(JudgeTask):
         lenient: float = 0.7,
         stray: float = 0.02,
         sum_slip: float = 0.02,
+        slot_bias: float = 0.0,
         reflection_share: float = 0.5,
         broad_sum: float = 0.08,
         broad_mark: float = 0.08,
@@ -117,10 +120,10 @@ class PrefixAudit(JudgeTask):
         )
         self.sizes = {"train": num_train, "val": num_val, "test": num_test}
         self.seed = seed
-        self.reflection_share = reflection_share
+        self.slot_bias, self.reflection_share = slot_bias, reflection_share
         check_options(
             self.shape.__dict__ | {f"num_{split}": size for split, size in self.sizes.items()},
-            self.noise.__dict__ | {"reflection_share": reflection_share},
+            self.noise.__dict__ | {"slot_bias": slot_bias, "reflection_share": reflection_share},
             seed,
         )
         self.words = make_lexicon(base, length)
@@ -357,7 +360,10 @@ class PrefixAudit(JudgeTask):
         ids = self._bound()
         case, _ = draw_case(rng, self.shape)
         values = lenient_values(rng, case, self.shape.base, self.noise)
-        verdict = ids.verdicts["pref"][verdict_of(values) - 1]
+        slot = verdict_of(values)
+        if self.slot_bias and slot == 2 and rng.random() < self.slot_bias:
+            slot = 1
+        verdict = ids.verdicts["pref"][slot - 1]
         return Demonstration(
             prompt_ids=(*ids.question(case), ids.asks["pref"]),
             completion_ids=(*ids.lines((0,), (values,)), verdict, self.tokenizer.eos_token_id),

@@ -4,6 +4,7 @@ A judge reads a pair (or two analyses of one pair), writes an analysis and a ver
 rewarded for the verdict. Hooks of this family, besides those of ``PolicyModule``:
 
     parse_verdict    completion -> Verdict (the task's grammar)
+    target_labels    the right answer of each completion's prompt; its label here
     critique_reward  a reward for the analysis itself, zero here
     select_verdict   samples of one prompt -> the verdict that counts (majority here)
 
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from datamodules.engines.base import Engine, Sampling
@@ -23,12 +25,19 @@ from datamodules.experience import Completion, Prompt, Rollouts
 from datamodules.loader import Rows
 from datamodules.rewards import RewardFunction
 from datamodules.tasks.base import JudgeTask, Pair, Verdict
+from lightning_modules.functional.benchmarks import (
+    BENCHMARKS,
+    benchmark_metrics,
+    composites,
+    find_benchmark,
+    unknown_values,
+)
 from lightning_modules.functional.choices import check_choice
 from lightning_modules.functional.judging import choose_anchor, tail_confidence
 from lightning_modules.functional.positions import confidence_auc, position_metrics
 from lightning_modules.functional.sums import Metrics, masked_sum_count
 from lightning_modules.functional.votes import majority
-from lightning_modules.grm.candidates import Candidates, Judgement
+from lightning_modules.grm.candidates import Candidates, Comparison, Judgement
 from lightning_modules.policy_rl.grpo import GRPO
 
 
@@ -37,11 +46,13 @@ class GenerativeRewardModule(GRPO):
 
     Args:
         verdict_reward: ``correct``, ``wrong``, ``invalid`` -> reward [sibling code of ReflectRM:
-            1, -1, -3].
+            1, -1, -3]; ``undecided`` where there is no right answer [our choice: 0].
         num_votes: Samples N of one judgement; the vote over 2N - 1 is reported beside it.
         conf_fraction: Share of lowest token log-probs that make the confidence.
         inference: Which verdict ``judge`` and prediction report.
         val_inference: Whether validation runs every inference arm or greedy decoding only.
+        benchmark: Whose breakdown the verdicts of ``greedy`` and ``inference`` get: ``auto`` tells
+            it from the columns of the pairs, ``none``, or one of ``benchmarks.BENCHMARKS``.
         **kwargs: Of ``GRPO``.
 
     Raises:
@@ -59,21 +70,26 @@ class GenerativeRewardModule(GRPO):
         conf_fraction: float = 0.1,
         inference: str = "majority",
         val_inference: Literal["greedy", "all"] = "greedy",
+        benchmark: str = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         check_choice("model.inference", inference, self.inferences)
         check_choice("model.val_inference", val_inference, ("greedy", "all"))
+        check_choice("model.benchmark", benchmark, ("auto", "none", *BENCHMARKS))
         if num_votes < 1:
             raise ValueError(f"model.num_votes={num_votes} must be at least 1")
         if not 0 < conf_fraction <= 1:
             raise ValueError(f"model.conf_fraction={conf_fraction} must be in (0, 1]")
-        rewards = {"correct": 1.0, "wrong": -1.0, "invalid": -3.0}
+        rewards = {"correct": 1.0, "wrong": -1.0, "invalid": -3.0, "undecided": 0.0}
         for name in verdict_reward or {}:
             check_choice("a key of model.verdict_reward", name, list(rewards))
         self.verdict_reward = rewards | dict(verdict_reward or {})
         self.num_votes, self.conf_fraction = num_votes, conf_fraction
         self.inference, self.val_inference = inference, val_inference
+        self.benchmark = benchmark
+        self.verdict_candidates = 0  # most probable tokens kept, for methods that look at margins
+        self._benchmarks: dict[str, str | None] = {}
         self.judge_task: JudgeTask | None = None  # for judge() without a trainer
         self._given_task: JudgeTask | None = None  # inside judge(): wins over the trainer's
 
@@ -85,6 +101,12 @@ class GenerativeRewardModule(GRPO):
         assert isinstance(task, JudgeTask)
         return task.parse(prompt, completion)
 
+    def target_labels(
+        self, rollouts: Rollouts, verdicts: Sequence[Verdict]
+    ) -> Sequence[int | None]:
+        """Slot of the better response for each completion; None where nobody knows."""
+        return [prompt.label for prompt in rollouts.prompts]
+
     def critique_reward(self, rollouts: Rollouts, verdicts: Sequence[Verdict]) -> Tensor | None:
         """A reward ``(N,)`` for the analyses, added to that of the verdicts; None for none."""
         return None
@@ -94,17 +116,22 @@ class GenerativeRewardModule(GRPO):
         return majority(candidates.verdicts[: self.num_votes], tie=candidates.coin)
 
     def score(self, rollouts: Rollouts, reward: RewardFunction) -> dict[str, Tensor]:
-        """Reward of each verdict; the parts say how many were right and how many parsed."""
+        """Reward of each verdict; the parts say how many were right and how many parsed.
+
+        ``info`` keeps ``winner`` and ``target`` of every completion.
+        """
         table = self.verdict_reward
         pairs = zip(rollouts.prompts, rollouts.completions, strict=True)
         verdicts = [self.parse_verdict(prompt, completion) for prompt, completion in pairs]
+        winners = [verdict.winner for verdict in verdicts]
+        targets = list(self.target_labels(rollouts, verdicts))
+        rollouts.info |= {"winner": winners, "target": targets}
         values, right, invalid = [], [], []
-        for prompt, verdict in zip(rollouts.prompts, verdicts, strict=True):
-            is_right = verdict.winner is not None and verdict.winner == prompt.label
-            kind = "invalid" if verdict.winner is None else "correct" if is_right else "wrong"
-            values.append(table[kind])
-            right.append(float(is_right))
-            invalid.append(float(kind == "invalid"))
+        for winner, target in zip(winners, targets, strict=True):
+            known = "undecided" if target is None else "correct" if winner == target else "wrong"
+            values.append(table["invalid" if winner is None else known])
+            right.append(float(winner is not None and winner == target))
+            invalid.append(float(winner is None))
         total = torch.tensor(values)
         parts = {"accuracy": torch.tensor(right), "invalid": torch.tensor(invalid)}
         critique = self.critique_reward(rollouts, verdicts)
@@ -112,6 +139,13 @@ class GenerativeRewardModule(GRPO):
             parts |= {"verdict_reward": total, "critique_reward": critique}
             total = total + critique
         return {"reward": total} | parts
+
+    def rollout_metrics(self, rollouts: Rollouts) -> dict[str, Any]:
+        """Those of every policy, and how often the parsed verdicts name slot 1."""
+        winners = rollouts.info.get("winner", [])
+        first = torch.tensor([float(winner == 1) for winner in winners if winner is not None])
+        metrics = super().rollout_metrics(rollouts)
+        return metrics | {"rollout/first_slot_rate": masked_sum_count(first)}
 
     # ------------------------------------------------------------------ judging
 
@@ -123,19 +157,26 @@ class GenerativeRewardModule(GRPO):
         )
         return Judgement(self.parse_verdict(prompt, completion), confidence, completion)
 
+    def judging_prompts(self, pairs: Sequence[Pair], engine: Engine) -> list[Prompt]:
+        """What the judge is asked for each pair as it stands."""
+        return [self._task.preference_prompt(pair) for pair in pairs]
+
     def sample(
         self, pairs: Sequence[Pair], engine: Engine, *, greedy: bool, samples: int
     ) -> list[Candidates]:
         """Candidates of every pair as it stands: a greedy completion and ``samples`` at T = 1."""
-        prompts = [self._task.preference_prompt(pair) for pair in pairs]
-        bound = self.max_new_tokens
+        prompts = self.judging_prompts(pairs, engine)
+        bound, kept = self.max_new_tokens, self.verdict_candidates
         first: list[list[Completion]] = [[] for _ in prompts]
         drawn: list[list[Completion]] = [[] for _ in prompts]
         if greedy:
-            first = engine.generate(prompts, Sampling(temperature=0.0, max_new_tokens=bound))
+            first = engine.generate(
+                prompts, Sampling(temperature=0.0, max_new_tokens=bound, candidates=kept)
+            )
         if samples:
             drawn = engine.generate(
-                prompts, Sampling(temperature=1.0, samples=samples, max_new_tokens=bound)
+                prompts,
+                Sampling(temperature=1.0, samples=samples, max_new_tokens=bound, candidates=kept),
             )
         return [
             Candidates(
@@ -204,12 +245,35 @@ class GenerativeRewardModule(GRPO):
         labels = torch.tensor([pair.label or 0 for pair in batch.items])
         counted = torch.tensor(batch.counted) & (labels > 0)
         result: dict[str, Metrics] = {"": extra}
+        benchmark = self.benchmark_of(split)
+        extras = [p.extra for p, counts in zip(batch.items, counted, strict=True) if counts]
         for arm, verdicts in arms.items():
             values = torch.tensor([verdict or 0 for verdict in verdicts]).view(-1, 2)[counted]
-            result[arm] = position_metrics(values[:, 0], values[:, 1], labels[counted])
+            judged = values[:, 0], values[:, 1], labels[counted]
+            result[arm] = position_metrics(*judged)
+            if benchmark is not None and arm in ("greedy", self.inference_arm):
+                result[arm] |= benchmark_metrics(benchmark, extras, *judged)
         # the state itself is known by its greedy verdicts, as in the paper's tables
         result[""] = result["greedy"] | extra
         return result
+
+    @property
+    def inference_arm(self) -> str:
+        """The arm of ``verdicts_by_arm`` that ``judge`` reports."""
+        return f"maj{self.num_votes}" if self.inference == "majority" else self.inference
+
+    def benchmark_of(self, split: str) -> str | None:
+        """Benchmark that the pairs of a split come from; warns once of pairs that it lacks."""
+        if split not in self._benchmarks:
+            extras = [pair.extra for pair in self._task.records(split)]  # type: ignore[arg-type]
+            found = self._benchmarks[split] = find_benchmark(extras, self.benchmark)
+            if found is not None and (warning := unknown_values(found, extras)):
+                rank_zero_warn(warning)
+        return self._benchmarks[split]
+
+    def composites(self, merged: Metrics) -> dict[str, float]:
+        """The benchmarks' own numbers."""
+        return composites(merged)
 
     def extra_metrics(
         self, candidates: Sequence[Candidates], engine: Engine, counted: Sequence[bool]
@@ -258,6 +322,33 @@ class GenerativeRewardModule(GRPO):
         from lightning_modules.grm.judge import judge_pairs
 
         return judge_pairs(self, pairs, engine=engine, task=task)
+
+    def compare(
+        self, pairs: Sequence[Pair], *, engine: Engine | None = None, task: JudgeTask | None = None
+    ) -> list[Comparison]:
+        """Judge pairs in the order they have, as a reward does; arguments as in ``judge``."""
+        from lightning_modules.grm.judge import compare_pairs
+
+        return compare_pairs(self, pairs, engine=engine, task=task)
+
+    def outcome(self, candidates: Candidates, verdict: int | None) -> float:
+        """What a verdict is worth to response 1, in [-1, 1]; 0 where there is none."""
+        return {1: 1.0, 2: -1.0}.get(verdict or 0, 0.0)
+
+    def judge_options(self) -> dict[str, Any]:
+        """Arguments that make this judge's inference again, for its exported folder."""
+        return {
+            "num_votes": self.num_votes,
+            "conf_fraction": self.conf_fraction,
+            "inference": self.inference,
+            "max_new_tokens": self.max_new_tokens,
+        }
+
+    def export_info(self) -> dict[str, Any]:
+        """What a reward needs to use the exported folder as a judge (``grm/exported.py``)."""
+        module = f"{type(self).__module__}.{type(self).__qualname__}"
+        judge = {"module": module, "options": self.judge_options(), "task": self.task_settings}
+        return super().export_info() | {"judge": judge}
 
     def decide(self, candidates: Sequence[Candidates], engine: Engine) -> list[int | None]:
         """Verdicts of ``self.inference`` on candidate sets."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from datamodules.engines.base import sample_seed
 from datamodules.experience import Completion, Prompt
@@ -62,6 +62,12 @@ class Candidates:
         """Confidences of the samples."""
         return [sample.confidence for sample in self.samples]
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that were written for all of them."""
+        written = [*self.samples, *([self.greedy] if self.greedy else [])]
+        return sum(len(one.completion.token_ids) for one in written)
+
     def uniform(self, purpose: str) -> float:
         """A draw in [0, 1) of this prompt for one purpose."""
         return uniform_of(self.key, self.prompt.uid, purpose)
@@ -70,3 +76,55 @@ class Candidates:
     def coin(self) -> float:
         """The coin that decides tied votes."""
         return self.uniform("coin")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a judge said of one order of a pair.
+
+    Args:
+        winner: 1, 2, or None for a tie or what does not parse.
+        outcome: For response 1: 1 won, -1 lost, between them for soft verdicts.
+        is_parsed: Whether there is a verdict at all.
+        first_slot: Share of the verdicts that name the slot shown first; 0.5 where there is none.
+        flip: 1 where both orders were judged and disagree.
+        tokens: What the judge wrote for it.
+    """
+
+    winner: int | None
+    outcome: float
+    is_parsed: bool = True
+    first_slot: float = 0.5
+    flip: float = 0.0
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, winner: int | None, outcome: float, tokens: int = 0) -> Comparison:
+        """A verdict on the order as it was shown; None is one that does not parse."""
+        slot = {1: 1.0, 2: 0.0}.get(winner or 0, 0.5)
+        return cls(winner, outcome, winner is not None, slot, tokens=tokens)
+
+    @classmethod
+    def unread(cls, has_first: bool, has_second: bool) -> Comparison:
+        """Of texts of which one at least is empty: a text beats none, two empty ones tie."""
+        outcome = float(has_first) - float(has_second)
+        return cls({1.0: 1, -1.0: 2}.get(outcome), outcome)
+
+    @property
+    def tie(self) -> bool:
+        """Parsed, and for neither."""
+        return self.is_parsed and self.winner is None
+
+    @property
+    def unparsed(self) -> bool:
+        """No verdict."""
+        return not self.is_parsed
+
+    def swap(self) -> Comparison:
+        """The same for the two responses exchanged; which slot was named does not change."""
+        winner = None if self.winner is None else 3 - self.winner
+        return replace(self, winner=winner, outcome=-self.outcome)
+
+    def again(self) -> Comparison:
+        """The same, known from before: nothing was written for it."""
+        return replace(self, tokens=0)

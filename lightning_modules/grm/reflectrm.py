@@ -81,6 +81,15 @@ class ReflectRM(GenerativeRewardModule):
         self.reflect_temperature = reflect_temperature
         self.controls = controls
 
+    def judge_options(self) -> dict[str, Any]:
+        """Those of the family and of the two stages."""
+        return super().judge_options() | {
+            "anchor": self.anchor,
+            "winners": self.winners,
+            "exclude_copies": self.exclude_copies,
+            "reflect_temperature": self.reflect_temperature,
+        }
+
     # ------------------------------------------------------------------ two-stage inference
 
     def anchors(self, candidates: Sequence[Candidates], rule: Any = None) -> list[int | None]:

@@ -20,18 +20,20 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from datamodules.engines.base import Engine, Sampling
 from datamodules.experience import Experience, FinishReason, Prompt, Rollouts
 from datamodules.loader import Rows
 from datamodules.rewards import RewardFunction
-from lightning_modules.backbones.causal_lm import completion_logprobs, load_causal_lm
+from lightning_modules.backbones.causal_lm import (
+    Completions,
+    completion_logprobs,
+    load_causal_lm,
+)
 from lightning_modules.evaluation import EvaluatedModule, by_domain
 from lightning_modules.functional.choices import check_choice
 from lightning_modules.functional.policy_losses import Aggregation, aggregate, sampler_weights
@@ -41,6 +43,7 @@ from lightning_modules.functional.sums import (
     moments,
 )
 from lightning_modules.ops import LogprobEntropy, TopK, TopP
+from lightning_modules.policy_rl.annotating import pieces_without_grad
 
 
 class PolicyModule(EvaluatedModule):
@@ -286,7 +289,6 @@ class PolicyModule(EvaluatedModule):
 
         return self.without_grad(rollouts, policy, logprobs)
 
-    @torch.no_grad()
     def without_grad(
         self, rollouts: Rollouts, part: Any, compute: Callable[[Experience], Tensor]
     ) -> Tensor:
@@ -294,23 +296,24 @@ class PolicyModule(EvaluatedModule):
 
         Args:
             rollouts: Whose completions.
-            part: The module that computes; in eval mode and the Trainer's precision meanwhile, so
-                that a ratio of log-probs is 1 before the first step.
+            part: The module that computes, see ``annotating.pieces_without_grad``.
             compute: From rows on this module's device to ``(n, t)``.
         """
-        full = rollouts.batch()
-        was_training = part.training
-        part.eval()
-        pieces = []
-        for start in range(0, len(full), self.annotate_batch_size):
-            rows = torch.arange(start, min(start + self.annotate_batch_size, len(full)))
-            plugin: Any = getattr(self._trainer, "precision_plugin", None)
-            with plugin.forward_context() if plugin else nullcontext():
-                result = compute(move_data_to_device(full.select(rows), self.device))
-            width = full.mask.shape[1] - result.shape[1]
-            pieces.append(torch.nn.functional.pad(result.detach().float().cpu(), (0, width)))
-        part.train(was_training)
-        return torch.cat(pieces)
+        pieces = pieces_without_grad(self, rollouts, part, compute)
+        width = rollouts.mask.shape[1]
+        pad = torch.nn.functional.pad
+        return torch.cat([pad(piece, (0, width - piece.shape[1])) for piece in pieces])
+
+    def completions(self, batch: Experience) -> Completions:
+        """Which tokens of a batch are completions, and whose prompts are read once."""
+        groups = batch.groups if self.share_prompts else None
+        return Completions(batch.prompt_lengths, batch.mask, groups)
+
+    def completion_states(self, batch: Experience) -> Tensor:
+        """Hidden states ``(K, H)`` that predict the K tokens of ``batch.mask``, row by row."""
+        where = self.completions(batch)
+        states: Tensor = self.policy(batch.input_ids, completions=where, output="hidden")
+        return states
 
     # ------------------------------------------------------------------ metrics of rollouts
 
@@ -367,9 +370,19 @@ class PolicyModule(EvaluatedModule):
         self, prompts: Sequence[Prompt], sampling: Sampling, data: Any
     ) -> dict[str, Tensor]:
         """Parts of the reward, each ``(prompts x samples,)``."""
-        rollouts = Rollouts.from_groups(prompts, data.engine.generate(prompts, sampling))
+        rollouts = self.evaluation_rollouts(prompts, sampling, data.engine)
         length = torch.tensor([float(len(c.token_ids)) for c in rollouts.completions])
-        return {**self.score(rollouts, data.reward), "length": length}
+        return {**self.score_evaluation(rollouts, data.reward), "length": length}
+
+    def evaluation_rollouts(
+        self, prompts: Sequence[Prompt], sampling: Sampling, engine: Engine
+    ) -> Rollouts:
+        """Completions of a validation or test."""
+        return Rollouts.from_groups(prompts, engine.generate(prompts, sampling))
+
+    def score_evaluation(self, rollouts: Rollouts, reward: RewardFunction) -> dict[str, Tensor]:
+        """Parts ``(N,)`` of a validation or test, ``reward`` among them; those of training here."""
+        return self.score(rollouts, reward)
 
 
 def _unchanged(batch: Any) -> Any:

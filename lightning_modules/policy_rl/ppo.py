@@ -34,7 +34,7 @@ from torch import Tensor
 
 from datamodules.experience import Experience, Rollouts
 from datamodules.loader import gather_objects
-from lightning_modules.backbones.causal_lm import Completions, spread
+from lightning_modules.backbones.causal_lm import spread
 from lightning_modules.backbones.critic import Critic, ValueHead
 from lightning_modules.functional.advantages import generalized_advantages
 from lightning_modules.functional.choices import check_choice
@@ -177,20 +177,12 @@ class PPO(GRPO):
             assert hidden is not None
             flat = self.critic(hidden.detach() if self.detach_critic else hidden)
         else:
-            flat = self.critic(batch.input_ids, self._completions(batch))
+            flat = self.critic(batch.input_ids, self.completions(batch))
         return spread(flat, batch.mask)
 
     def _fresh_values(self, batch: Experience) -> Tensor:
-        hidden = None
-        if self.critic_kind == "head":
-            hidden = self.policy(
-                batch.input_ids, completions=self._completions(batch), output="hidden"
-            )
+        hidden = self.completion_states(batch) if self.critic_kind == "head" else None
         return self._values(hidden, batch)
-
-    def _completions(self, batch: Experience) -> Completions:
-        groups = batch.groups if self.share_prompts else None
-        return Completions(batch.prompt_lengths, batch.mask, groups)
 
 
 def _statistics(

@@ -1,0 +1,263 @@
+"""``reward=judge``: a judge of pairs as the reward of any policy.
+
+Completions of a prompt are compared with each other (``functional/comparisons.py``), each
+comparison in a random order [our choice: a position bias then is noise, not signal], all of a
+rollout in one batch. Verdicts are kept by content, so nothing is judged twice.
+
+What a completion says is what its task makes of it: ``conversation`` where there is one (chats,
+and texts without their plan), else prompt and completion as text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from datamodules.engines.base import Engine, sample_seed
+from datamodules.experience import Completion, Prompt, Rollouts
+from datamodules.tasks.base import JudgeTask, Pair
+from lightning_modules.functional.choices import check_choice
+from lightning_modules.functional.comparisons import Scheme, matches, relative_rewards
+from lightning_modules.grm.candidates import Comparison
+from lightning_modules.grm.exported import ExportedJudge, PairJudge, TaskJudge
+
+
+class ComparisonReward:
+    """Rewards in [-1, 1] from comparisons within each group.
+
+    Parts besides ``reward``, each a mean over a completion's comparisons: ``judge/tie``,
+    ``judge/unparsed``, ``judge/first_slot`` (verdicts for slot 1; 0.5 in random orders is no bias),
+    ``judge/flip`` (orders that disagree, with ``both_orders``), ``judge/tokens``, written by the
+    judge for this completion, and ``judge/empty``, 1 for a completion without text: it loses
+    against any text unread, and ties with another one [our choice].
+
+    Args:
+        judge: Compares.
+        scheme: ``bootstrap`` [summary: UniCreative], ``random_opponent`` or ``round_robin``.
+        both_orders: Judge both orders; their mean is the outcome [our choice: off, it costs twice].
+        show_plan: Let the judge read a text's plan, too [paper: off].
+        cache_size: Comparisons that are kept; 0 for none.
+        seed: Of opponents and orders.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    def __init__(
+        self,
+        judge: PairJudge,
+        *,
+        scheme: Scheme = "bootstrap",
+        both_orders: bool = False,
+        show_plan: bool = False,
+        cache_size: int = 100_000,
+        seed: int = 0,
+    ) -> None:
+        check_choice("reward.scheme", scheme, ("bootstrap", "random_opponent", "round_robin"))
+        if cache_size < 0:
+            raise ValueError(f"reward.cache_size={cache_size} must be 0 (none) or more")
+        self.judge, self.scheme, self.both_orders = judge, scheme, both_orders
+        self.show_plan, self.cache_size, self.seed = show_plan, cache_size, seed
+        self._cache: OrderedDict[tuple[str, bool], Comparison] = OrderedDict()
+
+    def __call__(self, rollouts: Rollouts) -> dict[str, Tensor]:
+        """Compare, and give every completion its reward and parts, each ``(N,)``."""
+        rows = list(zip(rollouts.prompts, rollouts.completions, strict=True))
+        texts = [self.read(prompt, completion) for prompt, completion in rows]
+        groups = rollouts.groups.tolist()
+        place = _places(groups)
+
+        def uniform(purpose: str, row: int, other: int = 0) -> float:
+            key = f"{self.seed}/{rollouts.index}/{purpose}/{place[other]}"
+            return sample_seed(key, rollouts.prompts[row].uid, place[row]) / 2**64
+
+        met = matches(groups, self.scheme, partial(uniform, "opponent"))
+        found = self.compare(
+            [
+                (pair_of_texts(texts[one], texts[other]), uniform("order", one, other) < 0.5)
+                for one, other in met
+            ],
+            rollouts.prompts,
+        )
+        sums = _Sums(len(rows))
+        for (one, other), comparison in zip(met, found, strict=True):
+            sums.add((one, other), comparison)
+        reward = relative_rewards(met, [c.outcome for c in found], len(rows), self.scheme)
+        empty = torch.tensor([float(not text.strip()) for _, text in texts])
+        return {"reward": reward, "judge/empty": empty} | sums.means()
+
+    def read(self, prompt: Prompt, completion: Completion) -> tuple[str, str]:
+        """Question and response as texts."""
+        task: Any = prompt.task
+        decode = partial(task.tokenizer.decode, skip_special_tokens=True)
+        text = str(decode(list(completion.token_ids)))
+        if not hasattr(task, "conversation"):
+            return str(decode(list(prompt.token_ids))), text
+        chat, content = task.conversation(prompt, completion)
+        turns = [f"{role}: {turn}" for role, turn in chat]
+        question = str(chat[0][1]) if len(chat) == 1 else "\n".join(turns)
+        return question, text if self.show_plan else str(content)
+
+    def compare(
+        self, pairs: Sequence[tuple[Pair, bool]], prompts: Sequence[Prompt]
+    ) -> list[Comparison]:
+        """Outcomes for the first text of every pair, whichever slot it was shown in.
+
+        Args:
+            pairs: A pair, first text in slot 1, and whether to show it swapped.
+            prompts: Of the rollouts; all of one task, as far as a judge of its own is asked.
+        """
+        shown: list[tuple[int, Pair]] = []
+        for number, (pair, is_swapped) in enumerate(pairs):
+            orders = (False, True) if self.both_orders else (is_swapped,)
+            shown += [(number, pair.swap() if order else pair) for order in orders]
+        verdicts = self._verdicts([pair for _, pair in shown], prompts)
+        by_pair: list[list[Comparison]] = [[] for _ in pairs]
+        for (number, pair), verdict in zip(shown, verdicts, strict=True):
+            by_pair[number].append(verdict.swap() if pair.swapped else verdict)
+        return [_merged(orders) for orders in by_pair]
+
+    def _verdicts(self, pairs: Sequence[Pair], prompts: Sequence[Prompt]) -> list[Comparison]:
+        """Of the cache where they are there, of empty texts at once, of the judge in one batch."""
+        known: dict[tuple[str, bool], Comparison] = {}
+        asked: dict[tuple[str, bool], Pair] = {}
+        for pair in pairs:
+            key = (pair.uid, pair.swapped)
+            first, second = (bool(text.strip()) for text in pair.responses)
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                known[key] = self._cache[key].again()
+            elif first and second:
+                asked[key] = pair
+            else:
+                known[key] = Comparison.unread(first, second)
+        if asked or dist.is_initialized():  # a shared engine is called by all ranks or by none
+            answers = self.judge.compare(list(asked.values()), prompts[0].task)
+            known |= (fresh := dict(zip(asked, answers, strict=True)))
+            self._cache.update(fresh)
+            while len(self._cache) > self.cache_size:
+                self._cache.popitem(last=False)
+        return [known[pair.uid, pair.swapped] for pair in pairs]
+
+
+class JudgeReward(ComparisonReward):
+    """``ComparisonReward`` of an exported judge.
+
+    Args:
+        path: Folder that a judge's training exported.
+        scheme: See ``ComparisonReward``.
+        both_orders: See ``ComparisonReward``.
+        show_plan: See ``ComparisonReward``.
+        cache_size: See ``ComparisonReward``.
+        seed: See ``ComparisonReward``.
+        **options: Of ``ExportedJudge``.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        scheme: Scheme = "bootstrap",
+        both_orders: bool = False,
+        show_plan: bool = False,
+        cache_size: int = 100_000,
+        seed: int = 0,
+        inference: str | None = None,
+        num_votes: int | None = None,
+        task: JudgeTask | None = None,
+        engine: Engine | None = None,
+        device: str | None = None,
+        dtype: str = "float32",
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        judge = ExportedJudge(
+            path,
+            inference=inference,
+            num_votes=num_votes,
+            task=task,
+            engine=engine,
+            device=device,
+            dtype=dtype,
+            options=options,
+        )
+        super().__init__(
+            judge,
+            scheme=scheme,
+            both_orders=both_orders,
+            show_plan=show_plan,
+            cache_size=cache_size,
+            seed=seed,
+        )
+
+
+class TaskJudgeReward(ComparisonReward):
+    """``ComparisonReward`` of the task's own procedural judge.
+
+    Args:
+        **options: Of ``ComparisonReward``.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(TaskJudge(), **options)
+
+
+class _Sums:
+    """Parts of the rewards, summed over each row's comparisons."""
+
+    def __init__(self, rows: int) -> None:
+        names = ("tie", "unparsed", "first_slot", "flip", "tokens")
+        self.sums = {name: torch.zeros(rows) for name in names}
+        self.count = torch.zeros(rows)
+
+    def add(self, rows: tuple[int, int], comparison: Comparison) -> None:
+        for row in rows:
+            self.count[row] += 1
+            for name, total in self.sums.items():
+                value = float(getattr(comparison, name))
+                total[row] += value / 2 if name == "tokens" else value
+
+    def means(self) -> dict[str, Tensor]:
+        size = self.count.clamp(min=1)
+        return {
+            f"judge/{name}": total if name == "tokens" else total / size
+            for name, total in self.sums.items()
+        }
+
+
+def _merged(orders: Sequence[Comparison]) -> Comparison:
+    """Both orders of a pair as one: a verdict where they agree, the mean outcome."""
+    if len(orders) == 1:
+        return orders[0]
+    first, second = orders
+    winner = first.winner if first.winner == second.winner else None
+    return Comparison(
+        winner,
+        (first.outcome + second.outcome) / 2,
+        is_parsed=first.is_parsed and second.is_parsed,
+        first_slot=(first.first_slot + second.first_slot) / 2,
+        flip=float(first.is_parsed and second.is_parsed and first.winner != second.winner),
+        tokens=first.tokens + second.tokens,
+    )
+
+
+def pair_of_texts(one: tuple[str, str], other: tuple[str, str]) -> Pair:
+    """A comparison of two ``(question, response)``; its uid depends on their content alone."""
+    digest = hashlib.blake2b("\0".join((*one, other[1])).encode("utf-8", "replace"))
+    return Pair(digest.hexdigest()[:32], one[0], (one[1], other[1]))
+
+
+def _places(groups: Sequence[int]) -> list[int]:
+    """Number of each row within its group."""
+    seen: dict[int, int] = {}
+    places = []
+    for group in groups:
+        places.append(seen.get(group, 0))
+        seen[group] = places[-1] + 1
+    return places
