@@ -370,9 +370,11 @@ class SeenPrompts(Callback):
         self.folder = Path(folder)
 
     def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
-        """Add the prompts of the rollout that is trained on."""
+        """Add the prompts of the rollout that is trained on, and those it was drawn from."""
         rollouts = trainer.datamodule.last_rollouts
-        line = json.dumps([rollouts.index, sorted({prompt.uid for prompt in rollouts.prompts})])
+        drawn = trainer.datamodule.draw(rollouts.index)
+        uids = [sorted({prompt.uid for prompt in part}) for part in (rollouts.prompts, drawn)]
+        line = json.dumps([rollouts.index, *uids])
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / f"rank{trainer.global_rank}.jsonl", "a") as handle:
             handle.write(line + "\n")

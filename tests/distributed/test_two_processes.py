@@ -125,8 +125,8 @@ def test_one_step_equals_one_process(
     assert all(bool(value.any()) for value in critic), "a critic starts at zero and must move"
 
     ranks = [read_jsonl(tmp_path / "seen" / f"rank{rank}.jsonl") for rank in (0, 1)]
-    uids = [set(rows[0][1]) for rows in ranks]
-    assert not uids[0] & uids[1]
+    uids, drawn = ([set(rows[0][part]) for rows in ranks] for part in (1, 2))
+    assert not drawn[0] & drawn[1]
     assert uids[0] | uids[1] == {record["uid"] for record in read_jsonl(recorded[1])}
 
     export = load_file(two / "export" / "model.safetensors")
