@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoModelForCausalLM
 
@@ -95,9 +96,15 @@ class SelfTrainingDataModule(RolloutDataModule):
         )
 
     def _vote(self, folder: Path, backbone: str) -> None:
-        prompts = [order for pair in self._pairs() for order in self._orders(pair)]
-        model = AutoModelForCausalLM.from_pretrained(
+        pairs = [replace(pair, label=None) for pair in self.judge_task.records("train")]
+        prompts = [order for pair in pairs for order in self._orders(pair)]
+        model: Any = AutoModelForCausalLM.from_pretrained(
             backbone, trust_remote_code=self.trust_remote_code
+        )
+        if torch.cuda.is_available():
+            model = model.to(torch.cuda.current_device())
+        rank_zero_info(
+            f"the backbone votes on {len(prompts)} prompts, {self.prior_votes} times each"
         )
         self.engine.sync(model, 0)
         limit = max((prompt.max_new_tokens or 1024 for prompt in prompts), default=1024)
@@ -113,10 +120,8 @@ class SelfTrainingDataModule(RolloutDataModule):
             for prompt, group in zip(prompts, groups, strict=True)
         ]
         valid = sum(vote is not None for row in rows for vote in row["votes"])
-        rank_zero_info(
-            f"the backbone voted on {len(prompts)} prompts, {self.prior_votes} times each; "
-            f"{valid / max(1, len(prompts) * self.prior_votes):.0%} of the votes parsed"
-        )
+        share = valid / max(1, len(prompts) * self.prior_votes)
+        rank_zero_info(f"{share:.0%} of these votes parsed")
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "votes.jsonl").write_text(text)
 

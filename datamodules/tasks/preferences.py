@@ -49,7 +49,7 @@ class PreferencePairs(RowOptions, JudgeTask):
 
     Args:
         labels: ``optional`` allows pairs without label outside of ``predict`` too; those always go
-            to the test split.
+            to the train split, for methods that need none.
         max_prompt_tokens: Upper bound of a prompt; longer texts are cut, see
             ``verdict_format``.
         max_new_tokens: Most tokens of an analysis and its verdict; None leaves the module's bound.
@@ -147,7 +147,7 @@ class PreferencePairs(RowOptions, JudgeTask):
         pairs, counts = self._read_source("main", self.path, self.split, label_required)
         for pair in pairs:
             # by the row, so that all pairs of one row stay on one side
-            split = "test" if pair.label is None else self.split_of(pair.extra["row_uid"])
+            split = "train" if pair.label is None else self.split_of(pair.extra["row_uid"])
             found[split].append(pair)
         for split, (path, part) in self.sources.items():
             pairs, more = self._read_source(split, path, part, label_required)

@@ -20,7 +20,7 @@ LabelRule = Literal["sum_sign", "agree_only"]
 Eviction = Literal["farthest", "fifo"]
 Tally = tuple[float, float]
 #: Similarities that differ by less are ties: equal texts must fare alike, whatever the rounding.
-TIE = 1e-6
+TIE = 1e-5
 
 
 def sign_of(slot: int | None) -> int:
@@ -43,18 +43,20 @@ def slot_of(sign: int) -> int | None:
     return {-1: 1, 1: 2}.get(sign)
 
 
-def tally(votes: Sequence[int], decay: float = 1.0) -> Tally:
-    """Sum and count of the votes that are not 0, the last one with weight 1.
+def tally(votes: Sequence[int], decay: float = 1.0, *, count_zeros: bool = False) -> Tally:
+    """Sum and count of votes, the last one with weight 1.
 
     Args:
         votes: Signs, oldest first.
         decay: Factor a vote of age, in (0, 1]; 1 counts all alike [paper].
+        count_zeros: Whether a 0 counts: a remembered label of 0 does, a vote that did not parse
+            does not [code].
 
     Example:
-        >>> tally([1, 0, -1, 1])
-        (1, 3)
+        >>> tally([1, 0, -1, 1]), tally([1, 0, -1, 1], count_zeros=True)
+        ((1, 3), (1, 4))
     """
-    cast = [vote for vote in votes if vote]
+    cast = [vote for vote in votes if vote or count_zeros]
     if decay == 1.0:
         return sum(cast), len(cast)
     weights = [decay**age for age in reversed(range(len(cast)))]
@@ -107,7 +109,7 @@ def remember(
     evict: Eviction = "farthest",
     uniform: float = 0.0,
 ) -> list[int]:
-    """The memory of one pair with a further label, at most ``size`` long.
+    """The memory of one pair with a further label; one entry goes where ``size`` is reached.
 
     Args:
         entries: Signs, oldest first.
@@ -128,7 +130,7 @@ def remember(
     if size < 1:
         raise ValueError(f"size={size} must be at least 1")
     kept = list(entries)
-    while len(kept) >= size:
+    if len(kept) >= size:
         place = 0
         if evict == "farthest":
             total = sum(kept)

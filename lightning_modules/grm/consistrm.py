@@ -35,6 +35,7 @@ warning; the memory begins with the backbone's own votes of this task (``data.pr
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -43,7 +44,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from datamodules.experience import Experience, Rollouts
+from datamodules.experience import Rollouts
 from datamodules.rewards import RewardFunction
 from datamodules.self_training import SelfTrainingDataModule
 from datamodules.tasks.base import Pair, Verdict
@@ -60,16 +61,14 @@ from lightning_modules.functional.consistency import (
     top_share_bonus,
     vote_metrics,
 )
-from lightning_modules.functional.judging import tail_confidence
 from lightning_modules.functional.sums import Metrics, masked_sum_count
 from lightning_modules.grm.base import GenerativeRewardModule
-from lightning_modules.grm.embedders import build_embedder
+from lightning_modules.grm.critiques import CONFIDENCES, alike, confidence_scores, mean_states
+from lightning_modules.grm.embedders import EncoderEmbedder, build_embedder
 from lightning_modules.grm.label_memory import LabelMemory
-from lightning_modules.policy_rl.annotating import pieces_without_grad
 
 LABELS = ("consist", "majority", "memory_only", "frozen", "gold")
-SIGNALS = ("semantic", "confidence_tail", "confidence_lowest", "none")
-TAIL_TOKENS = 64  # of ``confidence_tail`` [code]
+SIGNALS = ("semantic", *CONFIDENCES, "none")
 COLLAPSED, WATCHED = 0.95, 5  # share of one slot, over this many rollouts
 
 
@@ -91,7 +90,8 @@ class ConsistRM(GenerativeRewardModule):
             ``none``.
         critique_bonus: Its reward [paper: 0.1].
         critique_share: Share of the right judgements that get it [code: 0.5].
-        critique_text: ``critique`` (without the verdict) or ``full`` [code].
+        critique_text: What embedders of text read: ``critique`` (without the verdict) or ``full``
+            [code].
         embedder: ``policy`` (mean hidden state of the policy over the completion), ``hashed``,
             ``minilm``, or a folder or hub name [paper: Qwen/Qwen3-Embedding-4B].
         format_bonus: Added to every judgement that parses [code: 0.1; paper: 0].
@@ -164,8 +164,10 @@ class ConsistRM(GenerativeRewardModule):
             )
         if self.labels == "gold" and data.labels != "given":
             raise ValueError("model.labels=gold learns from labels: give data.labels=given")
-        if self.labels == "frozen" and not data.prior_votes:
-            raise ValueError("model.labels=frozen has only prior votes: give data.prior_votes=8")
+        if self.labels in ("frozen", "memory_only") and not data.prior_votes:
+            raise ValueError(
+                f"model.labels={self.labels} begins with prior votes: give data.prior_votes=8"
+            )
         if self.symmetrise != "off" and data.pair_order != "both":
             raise ValueError(
                 f"model.symmetrise={self.symmetrise} compares both orders of a pair: give "
@@ -175,6 +177,8 @@ class ConsistRM(GenerativeRewardModule):
             for uid, swapped, slots in data.prior():
                 key, flip = self._key(uid, swapped)
                 self.memory.begin([(key, [flip * sign_of(slot) for slot in slots if slot])])
+        if isinstance(self.embedder, EncoderEmbedder):
+            self.embedder.load()  # a misspelt name is no ablation
 
     def _key(self, uid: str, swapped: bool) -> tuple[str, int]:
         """Where an order of a pair is remembered, and the factor from its slots to those there."""
@@ -244,7 +248,7 @@ class ConsistRM(GenerativeRewardModule):
         if self.critique_signal == "semantic":
             scores, sizes = self._similarity(rollouts, verdicts, subgroups)
         else:
-            scores = self._confidence(rollouts)
+            scores = confidence_scores(rollouts, self.critique_signal)
             sizes = mean_similarity(torch.zeros(len(rollouts), 1), subgroups)[1]
         bonus = top_share_bonus(
             scores, subgroups, share=self.critique_share, bonus=self.critique_bonus
@@ -261,9 +265,12 @@ class ConsistRM(GenerativeRewardModule):
         except (RuntimeError, ValueError, OSError) as error:
             if self.embedder is None:
                 raise  # the policy itself: nothing would be trained either
-            rank_zero_warn(f"no critique bonus in rollout {rollouts.index}: {error}")
+            warnings.warn(  # of any rank: the others' embedders may work
+                f"no critique bonus in rollout {rollouts.index}: {error}", stacklevel=2
+            )
             embeddings = torch.full((len(rollouts), 1), torch.nan)
-        return mean_similarity(embeddings, subgroups)
+        scores, sizes = mean_similarity(embeddings, subgroups)
+        return alike(scores, rollouts, subgroups), sizes
 
     def embed_critiques(self, rollouts: Rollouts, verdicts: Sequence[Verdict]) -> Tensor:
         """One vector a completion ``(N, D)``, on the CPU.
@@ -271,36 +278,11 @@ class ConsistRM(GenerativeRewardModule):
         Every rank embeds all of its rows, so that sharded policies are gathered equally often.
         """
         if self.embedder is None:
-            return self.mean_hidden(rollouts)
+            return mean_states(self, rollouts)
         if self.critique_text == "critique":
             return self.embedder([verdict.analysis for verdict in verdicts])
         pairs = zip(rollouts.prompts, rollouts.completions, strict=True)
         return self.embedder([prompt.task.render(one.token_ids) for prompt, one in pairs])
-
-    def mean_hidden(self, rollouts: Rollouts) -> Tensor:
-        """Mean last hidden state of the policy over each completion's tokens, ``(N, H)``.
-
-        The tokens of the verdict are among them; they are equal where critiques are compared.
-        """
-
-        def compute(piece: Experience) -> Tensor:
-            hidden = self.completion_states(piece).float()
-            row = piece.mask.nonzero()[:, 0]
-            total = hidden.new_zeros(len(piece), hidden.shape[1]).index_add(0, row, hidden)
-            return total / piece.mask.sum(1, keepdim=True).clamp(min=1)
-
-        return torch.cat(pieces_without_grad(self, rollouts, self.policy, compute))
-
-    def _confidence(self, rollouts: Rollouts) -> Tensor:
-        values = []
-        for completion in rollouts.completions:
-            logprobs = torch.tensor(completion.logprobs)
-            if self.critique_signal == "confidence_tail":
-                values.append(logprobs[-TAIL_TOKENS:].mean())
-            else:
-                live = torch.ones_like(logprobs, dtype=torch.bool)
-                values.append(tail_confidence(logprobs, live, 0.1))
-        return torch.stack(values)
 
     def score(self, rollouts: Rollouts, reward: RewardFunction) -> dict[str, Tensor]:
         """Reward of each judgement; ``agreement`` is with the pseudo-label, not with the truth."""
@@ -321,19 +303,27 @@ class ConsistRM(GenerativeRewardModule):
         memory: Sequence[Tally],
     ) -> None:
         """Log the labels of this draw, once a pair, then remember them on every rank."""
-        keys = rollouts.info["pair"]
-        first = {key: row for row, key in reversed(list(enumerate(keys)))}
-        rows = sorted(first.values())
-        metrics = vote_metrics(*([part[row] for row in rows] for part in (labels, online, memory)))
-        before = [self.memory.last(keys[row]) for row in rows]
-        flips = [
-            labels[row] != old for row, old in zip(rows, before, strict=True) if old is not None
-        ]
+        keys, first = rollouts.info["pair"], {}
+        for row, group in enumerate(rollouts.groups.tolist()):
+            first.setdefault(group, row)
+        of_pair: dict[str, list[int]] = {}  # the first row of each order that was judged
+        for row in first.values():
+            of_pair.setdefault(keys[row], []).append(row)
+        rows = [own[0] for own in of_pair.values()]
+        # orders that voted apart: the label of their sum, 0 where they contradict each other
+        total = {key: sum(labels[row] for row in own) for key, own in of_pair.items()}
+        label = {key: (value > 0) - (value < 0) for key, value in total.items()}
+        votes = [[part[row] for row in rows] for part in (online, memory)]
+        metrics = vote_metrics(list(label.values()), *votes)
+        before = [(label[key], self.memory.last(key)) for key in of_pair]
+        flips = [new != old for new, old in before if old is not None]
         metrics["flip_rate"] = masked_sum_count(torch.tensor(flips))
-        metrics |= self._against_gold(rollouts, labels, rows)
+        metrics |= self._against_gold(rollouts, labels, list(first.values()))
         self._pseudo_metrics = {f"pseudo/{name}": value for name, value in metrics.items()}
         # a pair without any vote leaves no trace
-        visited = {keys[row]: labels[row] for row in rows if online[row][1]}
+        visited = {
+            key: label[key] for key, own in of_pair.items() if any(online[row][1] for row in own)
+        }
         self.memory.visit(visited, rollouts.index)
 
     def _against_gold(
@@ -375,12 +365,15 @@ class ConsistRM(GenerativeRewardModule):
 
     def _watch(self, first_slot_rate: float) -> None:
         """Warn once where the last rollouts name one slot only: reward looks perfect then."""
+        if self.labels == "gold":
+            return
         self._first_slots.append(first_slot_rate)
         mean = sum(self._first_slots) / len(self._first_slots)
         if self._has_warned or len(self._first_slots) < WATCHED or 1 - COLLAPSED < mean < COLLAPSED:
             return
         self._has_warned = True
-        advice = "" if self.symmetrise == "pooled" else "; model.symmetrise=pooled takes that away"
+        advice = "; model.symmetrise=pooled data.pair_order=both takes that away"
+        advice = "" if self.symmetrise == "pooled" else advice
         rank_zero_warn(
             f"{max(mean, 1 - mean):.0%} of the verdicts of the last {WATCHED} rollouts name slot "
             f"{1 if mean > 0.5 else 2}: the judge labels its own bias, and its rising reward says "

@@ -23,7 +23,7 @@ class TextEmbedder(Protocol):
     """Embeds texts."""
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Rows ``(N, D)`` float32 on the CPU, each of length 1 (0 for an empty text)."""
+        """Rows ``(N, D)`` float32 on the CPU, each of length 1, or 0 for an empty text."""
 
 
 class HashedEmbedder:
@@ -88,7 +88,7 @@ class EncoderEmbedder:
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """See ``TextEmbedder``."""
-        self._load()
+        self.load()
         order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
         rows: dict[int, Tensor] = {}
         for start in range(0, len(order), self.batch_size):
@@ -111,12 +111,18 @@ class EncoderEmbedder:
         known = getattr(self._model.config, "max_position_embeddings", None)
         return min(self.max_tokens, int(known)) if known else self.max_tokens
 
-    def _load(self) -> None:
+    def load(self) -> None:
+        """Load the model, once.
+
+        Raises:
+            ValueError: There is none of that name.
+        """
         if self._model is not None:
             return
         folder = minilm_folder() if self.path == "minilm" else self.path
         try:
-            model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+            dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+            model = AutoModel.from_pretrained(folder, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, RuntimeError) as error:
             first = " ".join(str(error).split())[:300]

@@ -49,13 +49,23 @@ class LabelMemory:
         return len(self._entries)
 
     def begin(self, votes: Iterable[tuple[str, Sequence[int]]]) -> None:
-        """Votes cast before training, by key; several of one key are strung together."""
+        """Votes cast before training, by key; several of one key are strung together.
+
+        Raises:
+            ValueError: More votes of a pair than it holds.
+        """
         for key, signs in votes:
-            self._entries.setdefault(key, []).extend(signs)
+            entries = self._entries.setdefault(key, [])
+            entries.extend(signs)
+            if len(entries) > self.size:
+                raise ValueError(
+                    f"pair {key!r} has {len(entries)} prior votes, more than model.memory_size="
+                    f"{self.size} holds: give fewer data.prior_votes or a larger memory"
+                )
 
     def tally(self, key: str) -> Tally:
-        """Sum and count of a pair's labels; (0, 0) for one never seen."""
-        return tally(self._entries.get(key, []), self.decay)
+        """Sum and count of a pair's labels, 0 among them; (0, 0) for one never seen."""
+        return tally(self._entries.get(key, []), self.decay, count_zeros=True)
 
     def last(self, key: str) -> int | None:
         """The label of the last visit; None where there was none."""

@@ -98,7 +98,7 @@ def test_paths_replace_fractions(tmp_path: Path) -> None:
     assert task.counts["test/rows"] == 4
 
 
-def test_unlabelled_rows_only_for_prediction(tmp_path: Path) -> None:
+def test_unlabelled_rows_are_there_to_train_without_labels(tmp_path: Path) -> None:
     rows = judge_rows(20)
     for row in rows[:10]:
         del row["label"]
@@ -106,8 +106,8 @@ def test_unlabelled_rows_only_for_prediction(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="label"):
         PreferencePairs(path=path).records("test")
     task = bound(path, labels="optional")
-    unknown = [pair for pair in task.records("test") if pair.label is None]
-    assert len(unknown) == 10 and all(p.label for p in task.records("train"))
+    unknown = [pair for pair in task.records("train") if pair.label is None]
+    assert len(unknown) == 10 and all(p.label for p in task.records("test"))
     prompt = task.prompt(unknown[0])
     assert prompt.label is None and unknown[0].swap().label is None
     assert task.verify(prompt, say(task, format_answer("pref", "", 1)))["reward"] == 0.0

@@ -71,7 +71,7 @@ def test_one_order_earns_by_its_own_majority(task, analysis, judge, pair):
     ("votes", "targets", "remembered"),
     [
         # a judge of slot 1 cancels: no label, nobody earns
-        ([[1, 1, 1], [1, 1, 1]], (None, None), (0, 0)),
+        ([[1, 1, 1], [1, 1, 1]], (None, None), (0, 1)),
         # a judge of responses agrees with itself
         ([[1, 1, 1], [2, 2, 2]], (1, 2), (-1, 1)),
         # biased, but it sees something: 3 of 3 and 2 of 3 for slot 1
@@ -93,6 +93,17 @@ def test_shared_memory_is_seen_from_both_orders(task, analysis, judge, pair):
     rollouts = rollouts_of(task, analysis, pair, [[2, 2], [1, 1]])
     module.score(rollouts, VerifierReward())
     assert rollouts.info["target"] == [1, 1, 2, 2]
+    assert module.memory.tally(pair.uid) == (-2, 4)
+    # each order by its own vote: both say slot 1, which is two responses
+    voting = judge(symmetrise="memory")
+    voting.score(rollouts_of(task, analysis, pair, [[1, 1], [1, 1]]), VerifierReward())
+    assert voting.memory.tally(pair.uid) == (0, 1)
+
+
+def test_undecided_and_code_rewards(task, analysis, judge, pair):
+    module = judge(symmetrise="off", verdict_reward={"invalid": -3.0}, format_bonus=0.1)
+    parts = module.score(rollouts_of(task, analysis, pair, [[1, 2, None]]), VerifierReward())
+    assert parts["reward"].tolist() == pytest.approx([0.1, 0.1, -3.0])
 
 
 def test_memory_outweighs_a_wavering_vote(task, analysis, judge, pair):
@@ -119,7 +130,7 @@ def test_plain_majority_is_an_empty_memory_without_bonus(task, analysis, judge, 
 
 
 def test_frozen_memory_stays_and_junk_leaves_no_trace(task, analysis, judge, pair):
-    frozen = judge(symmetrise="off", labels="frozen")
+    frozen = judge(symmetrise="off", labels="frozen", verdict_reward={"invalid": -3.0})
     frozen.memory.begin([(f"{pair.uid}/12", [1, 1])])
     rollouts = rollouts_of(task, analysis, pair, [[1, 1, 1]])
     frozen.score(rollouts, VerifierReward())
@@ -163,9 +174,13 @@ def test_policy_embeds_in_context(task, analysis, make_module, pair):
 
 
 def test_failing_embedder_costs_the_bonus_only(task, analysis, make_module, pair):
-    module = make_module(ConsistRM, symmetrise="off", embedder="/no/such/folder")
+    def broken(texts: Sequence[str]) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    module = make_module(ConsistRM, symmetrise="off", embedder="hashed")
+    module.embedder = broken
     rollouts = rollouts_of(task, analysis, pair, [[1, 1, 2]])
-    with pytest.warns(UserWarning, match="no critique bonus in rollout 0: model.embedder="):
+    with pytest.warns(UserWarning, match="no critique bonus in rollout 0: out of memory"):
         parts = module.score(rollouts, VerifierReward())
     assert parts["reward"].tolist() == [1, 1, -1]
 
@@ -307,6 +322,9 @@ def test_gold_labels_do_change_training(fit):
     [
         ({"labels": "gold"}, {}, "data.labels=given"),
         ({"labels": "frozen"}, {"prior_votes": 0}, "data.prior_votes=8"),
+        ({"labels": "memory_only"}, {"prior_votes": 0}, "data.prior_votes=8"),
+        ({"embedder": "/no/such/folder"}, {}, "model.embedder='/no/such/folder' could not"),
+        ({"memory_size": 1}, {}, "more than model.memory_size=1 holds"),
         ({}, {"pair_order": "single"}, "data.pair_order=both"),
     ],
 )
