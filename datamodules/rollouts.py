@@ -204,6 +204,11 @@ class RolloutDataModule(LightningDataModule):
                 rank_zero_warn(f"{key}={asked} is taken as {counts[domain]}: {reason}")
         return counts
 
+    @property
+    def prompts_per_record(self) -> int:
+        """Prompts of a drawn record."""
+        return 1
+
     def draw(self, index: int) -> list[Prompt]:
         """Prompts of rollout ``index`` on this rank: a pure function of (seed, index, rank).
 

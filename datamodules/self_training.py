@@ -167,6 +167,11 @@ class SelfTrainingDataModule(RolloutDataModule):
             drawn = [p.swap() if sample_seed(key, p.uid, 0) % 2 else p for p in drawn]
         return [order for pair in drawn for order in self._orders(pair)]
 
+    @property
+    def prompts_per_record(self) -> int:
+        """2 where both orders of a pair are drawn."""
+        return 2 if self.pair_order == "both" else 1
+
     def _orders(self, pair: Pair) -> list[Prompt]:
         pairs = [pair, pair.swap()] if self.pair_order == "both" else [pair]
         return [self.judge_task.preference_prompt(order) for order in pairs]

@@ -11,6 +11,9 @@ from datamodules.experience import Prompt
 #: Records that are rendered to learn how long prompts are [our choice].
 RENDERED = 256
 
+#: Tokens of a prompt, most new tokens, and its record.
+Row = tuple[int, int | None, Any]
+
 
 @dataclass
 class Lengths:
@@ -21,12 +24,14 @@ class Lengths:
         mean: Mean tokens.
         limit: Most new tokens; None leaves the model's bound.
         source: Where the numbers come from.
+        record: That of the longest prompt, where the task was at hand.
     """
 
     longest: int
     mean: float
     limit: int | None
     source: str
+    record: Any = None
 
 
 def prompt_lengths(data: Any, given: int | None, why_not: str, seed: int) -> dict[str, Lengths]:
@@ -42,18 +47,18 @@ def prompt_lengths(data: Any, given: int | None, why_not: str, seed: int) -> dic
         ValueError: Nothing is given, nothing can be measured, and the task has no bound.
     """
     task = data.task
-    rows: dict[str, list[tuple[int, int | None]]] = {}
+    rows: dict[str, list[Row]] = {}
     reason = why_not
     if not reason:
         try:
             for record in list(task.records("train"))[:RENDERED]:
                 prompt = task.prompt(record)
-                row = (len(prompt.token_ids), prompt.max_new_tokens)
+                row = (len(prompt.token_ids), prompt.max_new_tokens, record)
                 rows.setdefault(prompt.domain, []).append(row)
             # kinds of prompts that training makes of the model's own outputs
-            shown: dict[str, list[tuple[int, int | None]]] = {}
+            shown: dict[str, list[Row]] = {}
             for one in task.demonstrations(seed, 0, RENDERED):
-                row = (len(one.prompt_ids), len(one.completion_ids))
+                row = (len(one.prompt_ids), len(one.completion_ids), None)
                 shown.setdefault(one.domain, []).append(row)
             rows = shown | rows
         except (OSError, ValueError, ImportError) as error:
@@ -75,14 +80,15 @@ def prompt_lengths(data: Any, given: int | None, why_not: str, seed: int) -> dic
     return found
 
 
-def _summary(rows: list[tuple[int, int | None]], given: int | None) -> Lengths:
-    sizes = [size for size, _ in rows]
-    limits = [limit for _, limit in rows if limit is not None]
+def _summary(rows: list[Row], given: int | None) -> Lengths:
+    sizes = [size for size, _, _ in rows]
+    limits = [limit for _, limit, _ in rows if limit is not None]
     most = max(limits) if limits else None
+    record = max(rows, key=lambda row: row[0])[2]
     if given is not None:
-        return Lengths(given, float(given), most, "plan.prompt_tokens")
+        return Lengths(given, float(given), most, "plan.prompt_tokens", record)
     mean = sum(sizes) / len(sizes)
-    return Lengths(max(sizes), mean, most, f"{len(sizes)} prompts of the task")
+    return Lengths(max(sizes), mean, most, f"{len(sizes)} prompts of the task", record)
 
 
 def draw(
@@ -118,9 +124,10 @@ def draw(
                 token_ids=(1,) * own.longest,
                 task=data.task,
                 domain=domain or "default",
+                record=own.record,
                 label=1,
                 max_new_tokens=own.limit,
             )
-            for number in range(local)
+            for number in range(local * data.prompts_per_record)
         ]
     return prompts, mean / max(1.0, longest)

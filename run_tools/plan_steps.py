@@ -175,8 +175,8 @@ def cut_layers(module: Any, count: int) -> None:
 def make_rollouts(module: Any, data: Any, prompts: Sequence[Prompt]) -> tuple[Any, list[Request]]:
     """Rollouts of stand-in completions through the module's ``rollout`` and ``score``.
 
-    A rollout that looks at weights, as trees do to choose where to branch, is planned as flat
-    samples of as many completions: an upper bound of its tokens.
+    A rollout that looks at weights (trees) is planned as flat samples of as many completions, an
+    upper bound of its tokens; so is one that needs records whose file is not at hand.
 
     Returns:
         The rollouts and what the engine was asked for.
@@ -184,13 +184,15 @@ def make_rollouts(module: Any, data: Any, prompts: Sequence[Prompt]) -> tuple[An
     engine = StandInEngine()
     try:
         rollouts: Rollouts = module.rollout(list(prompts), engine)
-    except DataDependentOutputException:
+    except (DataDependentOutputException, AttributeError) as error:
+        if isinstance(error, AttributeError) and prompts[0].record is not None:
+            raise
         engine = StandInEngine()
         rollouts = PolicyModule.rollout(module, list(prompts), engine)
     rollouts.num_updates = data.mini_batches * data.passes
     rollouts.reward = torch.zeros(len(rollouts))
     with contextlib.suppress(Exception):  # meaningless completions may have no score
-        parts = module.score(rollouts, data.reward)
+        parts = module.score(rollouts, lambda these: {"reward": torch.zeros(len(these))})
         rollouts.reward, rollouts.parts = parts["reward"], parts
     return rollouts, engine.requests
 

@@ -26,7 +26,7 @@ def _pair(i: int) -> dict[str, Any]:
 ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
     "preference_file": _pair,
     "criteria_file": _pair,
-    "writing_file": lambda i: {"prompt": f"Write about {i}.", "type": ("long", "short")[i % 2]},
+    "writing_file": lambda i: {"prompt": f"Write: text {i}.", "type": ("long", "short")[i % 2]},
     "gsm8k_file": lambda i: {"question": f"What is {i} + 1?", "answer": f"Add.\n#### {i + 1}"},
     "countdown_file": lambda i: {"nums": [i, 2, 3], "target": i + 5},
     "chat_file": lambda i: {"prompt": f"Tell me about the number {i}."},

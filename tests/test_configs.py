@@ -123,8 +123,10 @@ def test_experiment(name: str, make_config: Make, tmp_path: Path, reward_model: 
         small += ["trainer.precision=32-true", "trainer.strategy=auto"]
         small += [f"~engine.{key}" for key in recipe.get("engine", {})]
         small += data_options(tmp_path, groups["override /data"])
-        if "override /reward" in groups:
-            small += [f"reward.path={reward_model}", "reward.dtype=float32"]
+        small += {
+            "model": [f"reward.path={reward_model}", "reward.dtype=float32"],
+            "judge": [f"reward.path={write_judge(tmp_path)}", "reward.judge.engine=null"],
+        }.get(groups.get("override /reward"), [])
     config = make_config(f"experiment={name}", *small, *UNFITTED, smoke=False)
     build(config, tmp_path)
     wanted = {k: v for k, v in flatten(OmegaConf.to_container(recipe)).items() if k != "defaults"}
@@ -142,6 +144,8 @@ def test_claim(claim: str, make_config: Make, tmp_path: Path) -> None:
     merge = config.backbone.merge
     for folder in merge.folders if merge else []:  # exports of other arms of this claim
         build_tiny(folder, instantiate(config.data.task).vocabulary(), TinyOptions(), seed=0)
+    if "path" in (config.data.get("reward") or {}):  # the judge that another arm trained
+        write_judge(Path(config.data.reward.path).parent)
     assert (config.claim.name, config.claim.arm) == (paper, arm)
     assert config.resume == "auto", "a killed sweep must go on"
     assert list(config.compare) == []

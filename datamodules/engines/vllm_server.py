@@ -22,7 +22,7 @@ from datamodules.engines.vllm_guest import missing_vllm, model_config
 from datamodules.engines.vllm_transfer import WeightFolders, check_transfer, send_over_nccl
 
 T = TypeVar("T")
-_LIVE: dict[str, LocalServer] = {}  # at most one server of ours, shared by runs of one process
+_LIVE: dict[str, LocalServer] = {}  # at most one of ours a purpose, shared by runs of one process
 
 
 class VLLMServerEngine(PushedEngine):
@@ -61,6 +61,7 @@ class VLLMServerEngine(PushedEngine):
     """
 
     is_shared = True
+    purpose = "policy"  # a judge beside it has a server of its own
 
     def __init__(
         self,
@@ -145,7 +146,7 @@ class VLLMServerEngine(PushedEngine):
             return
         _same_machine()
         options = self._arguments(policy)
-        key = repr((model_config(policy), options, self.devices))
+        key = f"{self.purpose}: {(model_config(policy), options, self.devices)!r}"
 
         def find() -> bool:
             running = key in _LIVE and _LIVE[key].is_running
@@ -165,7 +166,7 @@ class VLLMServerEngine(PushedEngine):
 
         def begin() -> tuple[str, str]:
             if first is not None and self._folders is not None:
-                close_servers()
+                close_servers(self.purpose)
                 _LIVE[key] = LocalServer(
                     first,
                     options,
@@ -282,16 +283,20 @@ class VLLMServerEngine(PushedEngine):
         """End a server of ours and remove the weights on disk."""
         self._endpoint, self.policy_version = None, -1
         if self.url is None:
-            close_servers()
+            close_servers(self.purpose)
         if self._folders is not None:
             self._folders.close()
             self._folders = None
 
 
-def close_servers() -> None:
-    """End the server that we started, if there is one."""
-    while _LIVE:
-        _LIVE.popitem()[1].close()
+def close_servers(purpose: str = "") -> None:
+    """End the servers that we started.
+
+    Args:
+        purpose: Of those to end; empty for all.
+    """
+    for key in [key for key in _LIVE if key.startswith(purpose)]:
+        _LIVE.pop(key).close()
 
 
 atexit.register(close_servers)

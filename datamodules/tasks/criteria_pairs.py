@@ -258,7 +258,7 @@ class CriteriaPairs(PreferencePairs, CriteriaJudgeTask):
             prompt: What was asked; a criteria prompt has no verdict.
             completion: What was written; one that did not end by itself is invalid.
         """
-        if prompt.domain != JUDGEMENT:
+        if prompt.domain == CRITERIA:  # a mixture names the other domain itself
             return Verdict(None, error=f"prompts of domain {prompt.domain!r} have no verdict")
         _, text, error = self._written(completion)
         if error is not None:

@@ -159,8 +159,8 @@ class MiniWriting(WritingWorld, PlannedTask):
             completion: What was written.
 
         Returns:
-            ``reward``, 1 where the mode is right and the completion parses; ``mode``, whether a
-            plan is there where it should be and only there; ``plan``; ``utility``, 1 at most, 0
+            ``reward`` and ``mode``, 1 where a plan is there if and only if it should be and the
+            completion parses; ``plan``; ``utility``, 1 at most, 0
             for what does not parse, and length counts in it even in a world that is
             ``length_blind``; ``content_length`` in words; ``valid``.
         """
@@ -170,7 +170,7 @@ class MiniWriting(WritingWorld, PlannedTask):
         numbers = self.numbers(read.content.split())
         return {
             "reward": float(is_right and is_valid),
-            "mode": float(is_right),
+            "mode": float(is_right and is_valid),
             "plan": float(read.has_plan),
             "utility": self.utility(query.kind, query.start, numbers) / self.best(query.kind),
             "content_length": float(read.content_tokens),
@@ -194,11 +194,7 @@ class MiniWriting(WritingWorld, PlannedTask):
             if rng.random() < self.plan_rate:
                 size = rng.randint(self.min_plan_words, self.max_plan_words)
                 words = [*text, *(f"w{rng.randrange(self.num_words)}" for _ in range(size))]
-                plan = [
-                    TAGS[0],
-                    *words[:size],
-                    TAGS[1],
-                ]  # a short text has too few words of its own
+                plan = [TAGS[0], *words[:size], TAGS[1]]  # a short text has too few of its own
             elif rng.random() < self.empty_rate:
                 plan = [*TAGS]
             ids = tuple(self._ids[word] for word in (*plan, *text, "<eos>"))

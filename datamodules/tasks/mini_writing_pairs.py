@@ -269,7 +269,7 @@ class MiniWritingPairs(WritingWorld, CriteriaJudgeTask):
             prompt: What was asked; a criteria prompt has no verdict.
             completion: What was written; an engine may keep the end token for itself.
         """
-        if prompt.domain != JUDGEMENT:
+        if prompt.domain == CRITERIA:  # a mixture names the other domain itself
             return Verdict(None, error=f"prompts of domain {prompt.domain!r} have no verdict")
         word, error = self._only_word(completion, VERDICTS)
         return Verdict(None, error=error) if error else Verdict(VERDICTS.index(word) + 1)

@@ -206,9 +206,9 @@ class WritingPrompts(ChatPrompts, PlannedTask):
             completion: What was written.
 
         Returns:
-            ``reward``, 1 where the mode is right and the completion parses; ``mode``, whether a
-            plan is there where it should be and only there; ``plan``; ``valid``;
-            ``content_tokens``. Without a type the mode is not right.
+            ``reward`` and ``mode``, 1 where a plan is there if and only if it should be and the
+            completion parses; ``plan``; ``valid``; ``content_tokens``. Without a type the mode is
+            not right.
         """
         read = self.read_plan(prompt, completion)
         kind = prompt.record.kind
@@ -216,7 +216,7 @@ class WritingPrompts(ChatPrompts, PlannedTask):
         is_valid = read.error is None
         return {
             "reward": float(is_right and is_valid),
-            "mode": float(is_right),
+            "mode": float(is_right and is_valid),
             "plan": float(read.has_plan),
             "valid": float(is_valid),
             "content_tokens": float(read.content_tokens),

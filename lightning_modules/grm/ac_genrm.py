@@ -157,7 +157,7 @@ class ACGenRM(GenerativeRewardModule):
     ) -> Rollouts:
         """Rows of both turns; each turn of a pair is a group of its own."""
         size = self.samples_per_prompt
-        prompts, completions, groups = list(judged), list(verdicts), []
+        prompts, completions = list(judged), list(verdicts)
         groups = [row // size for row in range(len(judged))]
         if self.train_criteria and self.criteria_mode in ("shared", "per_pair"):
             offset = len(judged) // size
@@ -250,9 +250,10 @@ class ACGenRM(GenerativeRewardModule):
     def extra_metrics(
         self, candidates: Sequence[Candidates], engine: Engine, counted: Sequence[bool]
     ) -> Metrics:
-        """Those of the family; criteria that parse, and how many different ones there are."""
+        """Those of the family; criteria that parse, and how many a list has."""
         metrics = super().extra_metrics(candidates, engine, counted)
-        questions = sorted({c.pair.question for c in candidates})
+        pairs = [c.pair for number, c in enumerate(candidates) if counted[number // 2]]
+        questions = sorted({pair.question for pair in pairs})
         if self.criteria_mode in WRITTEN:
             written = self.write_criteria(questions, engine)
             metrics["criteria/parsed"] = masked_sum_count(

@@ -303,7 +303,8 @@ class ConsistRM(GenerativeRewardModule):
         memory: Sequence[Tally],
     ) -> None:
         """Log the labels of this draw, once a pair, then remember them on every rank."""
-        keys, first = rollouts.info["pair"], {}
+        keys = rollouts.info["pair"]
+        first: dict[int, int] = {}  # row of each prompt
         for row, group in enumerate(rollouts.groups.tolist()):
             first.setdefault(group, row)
         of_pair: dict[str, list[int]] = {}  # the first row of each order that was judged

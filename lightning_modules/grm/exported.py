@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from datamodules.engines.base import Engine
 from datamodules.engines.hf import HFEngine
 from datamodules.engines.vllm import VLLMEngine
+from datamodules.engines.vllm_server import VLLMServerEngine
 from datamodules.tasks.base import JudgeTask, Pair, Task
 from lightning_modules.grm.base import GenerativeRewardModule
 from lightning_modules.grm.candidates import Comparison
@@ -98,6 +99,8 @@ class ExportedJudge:
                 "reward.engine: vLLM in the trainer's process has room for one model, the policy: "
                 "give the judge datamodules.engines.vllm_server.VLLMServerEngine, or null"
             )
+        if isinstance(self.engine, VLLMServerEngine):
+            self.engine.purpose = "judge"
         self.device, self.dtype = device, dtype
         self._task = task
         self._module: Any = None
@@ -112,21 +115,28 @@ class ExportedJudge:
     def _load(self) -> GenerativeRewardModule:
         if self._module is not None:
             return self._module
-        cls = _named(self.info["module"], MODULES, self.path)
-        if self._task is None:
-            made = dict(self.info["task"])
-            made.pop("files", None)
-            self._task = _named(made.pop("_target_", ""), TASKS, self.path)(**made)
+        cls = _named(self.info["module"], MODULES, GenerativeRewardModule, self.path)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path)
+            if self._task is None:
+                made = dict(self.info["task"])
+                name = made.pop("_target_", "")
+                # its training file is not read: the judge gets pairs, not records
+                made |= {key: "cut" for key in ("on_too_long",) if key in made}
+                self._task = _named(name, TASKS, JudgeTask, self.path)(**made)
+            options = {**self.info["options"], **self.options}
+            module = cls(backbone={"path": self.path, "dtype": self.dtype}, **options)
+        except TypeError as error:
+            raise ValueError(
+                f"reward.path={self.path!r} does not fit this version of the library ({error})"
+            ) from error
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
             self._task.bind(tokenizer)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"reward.path={self.path!r}: its tokenizer does not fit its task ({error}); the "
                 f"folder must hold the tokenizer that the judge was trained with"
             ) from error
-        backbone = {"path": self.path, "dtype": self.dtype}
-        module = cls(backbone=backbone, **{**self.info["options"], **self.options})
         module.configure_model()
         place = self.device
         if place is None and torch.cuda.is_available():
@@ -146,26 +156,33 @@ def read_info(path: str) -> dict[str, Any]:
     file = Path(path, "litpost.json")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"reward.path={path!r} is no folder of an exported judge ({error}): it is the folder "
             f"export/ of a run such as `python train.py model=ac_genrm`"
         ) from error
-    judge = values.get("judge")
-    if not judge:
+    judge = values.get("judge") if isinstance(values, dict) else None
+    if not isinstance(judge, dict) or not {"module", "options", "task"} <= judge.keys():
+        name = values.get("module", "something") if isinstance(values, dict) else "something"
         raise ValueError(
-            f"reward.path={path!r} was exported by {values.get('module', 'something')}, which is "
-            f"no judge; model=reflectrm, consistrm and ac_genrm are"
+            f"reward.path={path!r} was exported by {name}, which is no judge; model=reflectrm, "
+            f"consistrm and ac_genrm are"
         )
-    return dict(judge)
+    return judge
 
 
-def _named(name: str, prefix: str, path: str) -> Any:
-    """The class of a dotted name below ``prefix``."""
-    module, _, attribute = name.rpartition(".")
-    if not name.startswith(prefix) or not attribute.isidentifier():
+def _named(name: Any, prefix: str, kind: type, path: str) -> Any:
+    """The class of a dotted name below ``prefix``, of a kind; no other one is called."""
+    module, _, attribute = str(name).rpartition(".")
+    found: Any = None
+    if str(name).startswith(prefix) and attribute.isidentifier():
+        try:
+            found = getattr(import_module(module), attribute, None)
+        except ImportError:
+            found = None
+    if not (isinstance(found, type) and issubclass(found, kind)):
         raise ValueError(
-            f"reward.path={path!r} asks for {name!r}, which is not below {prefix[:-1]}: its "
-            f"litpost.json is not trusted with it"
+            f"reward.path={path!r} asks for {name!r}, which is no {kind.__name__} below "
+            f"{prefix[:-1]}: its litpost.json is not trusted with it"
         )
-    return getattr(import_module(module), attribute)
+    return found

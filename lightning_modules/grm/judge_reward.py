@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -20,13 +20,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from datamodules.engines.base import Engine, sample_seed
-from datamodules.experience import Completion, Prompt, Rollouts
-from datamodules.tasks.base import JudgeTask, Pair
+from datamodules.engines.base import sample_seed
+from datamodules.experience import Completion, FinishReason, Prompt, Rollouts
+from datamodules.rewards import VerifierReward
+from datamodules.tasks.base import Pair, Task
+from datamodules.tasks.chat_prompts import answer_part
 from lightning_modules.functional.choices import check_choice
 from lightning_modules.functional.comparisons import Scheme, matches, relative_rewards
 from lightning_modules.grm.candidates import Comparison
-from lightning_modules.grm.exported import ExportedJudge, PairJudge, TaskJudge
+from lightning_modules.grm.exported import PairJudge
+
+Shown = tuple[str, str, str]  # question and both texts, in the order in which a judge sees them
 
 
 class ComparisonReward:
@@ -40,9 +44,11 @@ class ComparisonReward:
 
     Args:
         judge: Compares.
+        path: Folder of the judge, for messages only.
         scheme: ``bootstrap`` [summary: UniCreative], ``random_opponent`` or ``round_robin``.
         both_orders: Judge both orders; their mean is the outcome [our choice: off, it costs twice].
-        show_plan: Let the judge read a text's plan, too [paper: off].
+        show_plan: Let the judge read a text's plan, or thinking, too [paper: off].
+        read_truncated: Let it read completions that were cut off; without they count as empty.
         cache_size: Comparisons that are kept; 0 for none.
         seed: Of opponents and orders.
 
@@ -54,9 +60,11 @@ class ComparisonReward:
         self,
         judge: PairJudge,
         *,
+        path: str | None = None,
         scheme: Scheme = "bootstrap",
         both_orders: bool = False,
         show_plan: bool = False,
+        read_truncated: bool = False,
         cache_size: int = 100_000,
         seed: int = 0,
     ) -> None:
@@ -65,10 +73,24 @@ class ComparisonReward:
             raise ValueError(f"reward.cache_size={cache_size} must be 0 (none) or more")
         self.judge, self.scheme, self.both_orders = judge, scheme, both_orders
         self.show_plan, self.cache_size, self.seed = show_plan, cache_size, seed
-        self._cache: OrderedDict[tuple[str, bool], Comparison] = OrderedDict()
+        self.read_truncated, self.path = read_truncated, path
+        self._cache: OrderedDict[Shown, Comparison] = OrderedDict()
+
+    def evaluation(self, rollouts: Rollouts) -> dict[str, Tensor]:
+        """What the tasks' verifiers say: one greedy text has nobody to be compared with."""
+        return VerifierReward(truncated=None).verified(rollouts)
 
     def __call__(self, rollouts: Rollouts) -> dict[str, Tensor]:
-        """Compare, and give every completion its reward and parts, each ``(N,)``."""
+        """Compare, and give every completion its reward and parts, each ``(N,)``.
+
+        Raises:
+            ValueError: No group has two completions.
+        """
+        if len(rollouts) and len(rollouts.groups.unique()) == len(rollouts):
+            raise ValueError(
+                "this reward compares the completions of a prompt with each other, and there is "
+                "one only: model.samples_per_prompt must be at least 2"
+            )
         rows = list(zip(rollouts.prompts, rollouts.completions, strict=True))
         texts = [self.read(prompt, completion) for prompt, completion in rows]
         groups = rollouts.groups.tolist()
@@ -84,7 +106,7 @@ class ComparisonReward:
                 (pair_of_texts(texts[one], texts[other]), uniform("order", one, other) < 0.5)
                 for one, other in met
             ],
-            rollouts.prompts,
+            [rollouts.prompts[one].task for one, _ in met],
         )
         sums = _Sums(len(rows))
         for (one, other), comparison in zip(met, found, strict=True):
@@ -97,115 +119,84 @@ class ComparisonReward:
         """Question and response as texts."""
         task: Any = prompt.task
         decode = partial(task.tokenizer.decode, skip_special_tokens=True)
-        text = str(decode(list(completion.token_ids)))
+        is_read = self.read_truncated or completion.finish_reason is FinishReason.STOP
         if not hasattr(task, "conversation"):
+            text = str(decode(list(completion.token_ids))) if is_read else ""
             return str(decode(list(prompt.token_ids))), text
         chat, content = task.conversation(prompt, completion)
         turns = [f"{role}: {turn}" for role, turn in chat]
         question = str(chat[0][1]) if len(chat) == 1 else "\n".join(turns)
-        return question, text if self.show_plan else str(content)
+        if not is_read:
+            return question, ""
+        if self.show_plan:
+            return question, str(decode(list(completion.token_ids)))
+        return question, answer_part(str(content), strict=True)
 
     def compare(
-        self, pairs: Sequence[tuple[Pair, bool]], prompts: Sequence[Prompt]
+        self,
+        pairs: Sequence[tuple[Pair, bool]],
+        tasks: Sequence[Task],
+        *,
+        both_orders: bool | None = None,
     ) -> list[Comparison]:
         """Outcomes for the first text of every pair, whichever slot it was shown in.
 
         Args:
             pairs: A pair, first text in slot 1, and whether to show it swapped.
-            prompts: Of the rollouts; all of one task, as far as a judge of its own is asked.
+            tasks: Whose completions each pair compares.
+            both_orders: None as configured.
         """
+        both = self.both_orders if both_orders is None else both_orders
         shown: list[tuple[int, Pair]] = []
         for number, (pair, is_swapped) in enumerate(pairs):
-            orders = (False, True) if self.both_orders else (is_swapped,)
+            orders = (False, True) if both else (is_swapped,)
             shown += [(number, pair.swap() if order else pair) for order in orders]
-        verdicts = self._verdicts([pair for _, pair in shown], prompts)
+        verdicts = self._verdicts(
+            [pair for _, pair in shown], [tasks[number] for number, _ in shown]
+        )
         by_pair: list[list[Comparison]] = [[] for _ in pairs]
         for (number, pair), verdict in zip(shown, verdicts, strict=True):
             by_pair[number].append(verdict.swap() if pair.swapped else verdict)
         return [_merged(orders) for orders in by_pair]
 
-    def _verdicts(self, pairs: Sequence[Pair], prompts: Sequence[Prompt]) -> list[Comparison]:
-        """Of the cache where they are there, of empty texts at once, of the judge in one batch."""
-        known: dict[tuple[str, bool], Comparison] = {}
-        asked: dict[tuple[str, bool], Pair] = {}
-        for pair in pairs:
-            key = (pair.uid, pair.swapped)
-            first, second = (bool(text.strip()) for text in pair.responses)
+    def _asked(self, pairs: Sequence[Pair], task: Task) -> list[Comparison]:
+        try:
+            return self.judge.compare(pairs, task)
+        except ValueError as error:
+            if self.path is None:
+                raise
+            raise ValueError(
+                f"the judge of reward.path={self.path!r} cannot compare texts of task "
+                f"'{task.name}': {error}"
+            ) from error
+
+    def _verdicts(self, pairs: Sequence[Pair], tasks: Sequence[Task]) -> list[Comparison]:
+        """Of the cache, of trivial pairs at once, of the judge in one batch a task."""
+        keys = [(pair.question, *pair.responses) for pair in pairs]  # as they are shown
+        known: dict[Shown, Comparison] = {}
+        asked: dict[Shown, tuple[Pair, Task]] = {}
+        for key, pair, task in zip(keys, pairs, tasks, strict=True):
+            first, second = (text.strip() for text in pair.responses)
             if key in self._cache:
                 self._cache.move_to_end(key)
                 known[key] = self._cache[key].again()
-            elif first and second:
-                asked[key] = pair
+            elif first and second and first != second:
+                asked[key] = (pair, task)
             else:
-                known[key] = Comparison.unread(first, second)
-        if asked or dist.is_initialized():  # a shared engine is called by all ranks or by none
-            answers = self.judge.compare(list(asked.values()), prompts[0].task)
-            known |= (fresh := dict(zip(asked, answers, strict=True)))
-            self._cache.update(fresh)
-            while len(self._cache) > self.cache_size:
-                self._cache.popitem(last=False)
-        return [known[pair.uid, pair.swapped] for pair in pairs]
-
-
-class JudgeReward(ComparisonReward):
-    """``ComparisonReward`` of an exported judge.
-
-    Args:
-        path: Folder that a judge's training exported.
-        scheme: See ``ComparisonReward``.
-        both_orders: See ``ComparisonReward``.
-        show_plan: See ``ComparisonReward``.
-        cache_size: See ``ComparisonReward``.
-        seed: See ``ComparisonReward``.
-        **options: Of ``ExportedJudge``.
-    """
-
-    def __init__(
-        self,
-        *,
-        path: str,
-        scheme: Scheme = "bootstrap",
-        both_orders: bool = False,
-        show_plan: bool = False,
-        cache_size: int = 100_000,
-        seed: int = 0,
-        inference: str | None = None,
-        num_votes: int | None = None,
-        task: JudgeTask | None = None,
-        engine: Engine | None = None,
-        device: str | None = None,
-        dtype: str = "float32",
-        options: Mapping[str, Any] | None = None,
-    ) -> None:
-        judge = ExportedJudge(
-            path,
-            inference=inference,
-            num_votes=num_votes,
-            task=task,
-            engine=engine,
-            device=device,
-            dtype=dtype,
-            options=options,
-        )
-        super().__init__(
-            judge,
-            scheme=scheme,
-            both_orders=both_orders,
-            show_plan=show_plan,
-            cache_size=cache_size,
-            seed=seed,
-        )
-
-
-class TaskJudgeReward(ComparisonReward):
-    """``ComparisonReward`` of the task's own procedural judge.
-
-    Args:
-        **options: Of ``ComparisonReward``.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(TaskJudge(), **options)
+                known[key] = Comparison.unread(bool(first), bool(second))
+        for task in {id(task): task for task in tasks}.values():
+            own = {key: pair for key, (pair, of) in asked.items() if of is task}
+            if own or dist.is_initialized():  # a shared engine is called by all ranks or by none
+                answers = self._asked(list(own.values()), task)
+                known |= (fresh := dict(zip(own, answers, strict=True)))
+                self._cache.update(fresh)
+        while len(self._cache) > self.cache_size:
+            self._cache.popitem(last=False)
+        found = []
+        for key in keys:
+            found.append(known[key])
+            known[key] = known[key].again()  # written once, whoever asks twice
+        return found
 
 
 class _Sums:

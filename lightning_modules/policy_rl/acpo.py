@@ -34,7 +34,7 @@ from torch import Tensor
 from datamodules.engines.base import Engine, Sampling
 from datamodules.experience import Completion, Prompt, Rollouts
 from datamodules.loader import Rows
-from datamodules.rewards import RewardFunction
+from datamodules.rewards import RewardFunction, VerifierReward
 from datamodules.tasks.planning import Mode, PlannedTask, PlannedText
 from lightning_modules.functional.advantages import group_advantages
 from lightning_modules.functional.choices import check_choice
@@ -105,6 +105,11 @@ class ACPO(GRPO):
             )
             if not is_right
         ]
+        if mode_explore > 0 and round(mode_explore * self.samples_per_prompt) == 0:
+            problems.append(
+                f"model.mode_explore={mode_explore} of model.samples_per_prompt="
+                f"{self.samples_per_prompt} is less than one completion: give 0 or more"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         self.relative_coef, self.structure_coef = relative_coef, structure_coef
@@ -122,7 +127,7 @@ class ACPO(GRPO):
         if self.force_mode is not None:
             return [self.force_mode] * size
         forced = round(self.mode_explore * size)
-        turns: list[Mode] = ["plan", "direct"]
+        turns: list[Mode] = ["direct", "plan"]  # a thinking model lacks direct texts most
         return [None] * (size - forced) + [turns[n % 2] for n in range(forced)]
 
     def rollout(self, prompts: Sequence[Prompt], engine: Engine) -> Rollouts:
@@ -169,15 +174,19 @@ class ACPO(GRPO):
         whole = whole_texts(rollouts)
         texts = self.read(whole)
         is_failed = torch.tensor([text.error is not None for text in texts])
-        parts, judged = self.relative_reward(whole, reward)
+        relative, judged = self.relative_reward(whole, reward)
         values = {
-            "relative": parts,
+            "relative": relative,
             "structure": self.structure_reward(whole, texts),
             "length": self.length_reward(whole, texts),
         }
-        total = torch.stack(list(values.values())).sum(0)
+        if self.failed_reward is not None:  # a third in each, so that their sum is the gate's
+            values = {
+                name: gated(value, is_failed, self.failed_reward / len(values))
+                for name, value in values.items()
+            }
         return (
-            {"reward": gated(total, is_failed, self.failed_reward)}
+            {"reward": torch.stack(list(values.values())).sum(0)}
             | {f"reward_{name}": value for name, value in values.items()}
             | self.describe(whole, texts)
             | judged
@@ -228,12 +237,13 @@ class ACPO(GRPO):
     def describe(self, rollouts: Rollouts, texts: Sequence[PlannedText]) -> dict[str, Tensor]:
         """What is logged of texts by type: modes, lengths, failures, each ``(N,)``."""
         has_plan = torch.tensor([text.has_plan for text in texts])
+        is_failed = torch.tensor([text.error is not None for text in texts])
         return {
-            "mode": (has_plan == are_long(rollouts)).float(),
+            "mode": ((has_plan == are_long(rollouts)) & ~is_failed).float(),
             "plan": has_plan.float(),
             "plan_tokens": torch.tensor([float(text.plan_tokens) for text in texts]),
             "content_tokens": torch.tensor([float(text.content_tokens) for text in texts]),
-            "failed": torch.tensor([float(text.error is not None) for text in texts]),
+            "failed": is_failed.float(),
         }
 
     def advantages(self, rollouts: Rollouts) -> tuple[Tensor, Metrics]:
@@ -253,7 +263,12 @@ class ACPO(GRPO):
         if self.normalise == "each":
             values = torch.stack(
                 [
-                    group_advantages(rollouts.parts[f"reward_{name}"], rollouts.groups).advantages
+                    group_advantages(
+                        rollouts.parts[f"reward_{name}"],
+                        rollouts.groups,
+                        normalize_std=self.normalize_std,
+                        baseline=self.baseline,
+                    ).advantages
                     for name in REWARDS
                 ]
             ).sum(0)
@@ -265,13 +280,7 @@ class ACPO(GRPO):
         """What the task's verifier and the form of the texts say; no judge is asked."""
         whole = whole_texts(rollouts)
         texts = self.read(whole)
-        rows = [
-            prompt.task.verify(prompt, completion)
-            for prompt, completion in zip(whole.prompts, whole.completions, strict=True)
-        ]
-        names = sorted({name for row in rows for name in row})
-        found = {name: torch.tensor([row.get(name, 0.0) for row in rows]) for name in names}
-        return found | self.describe(whole, texts)
+        return VerifierReward(truncated=None).verified(whole) | self.describe(whole, texts)
 
     def evaluate(self, batch: Rows, split: str) -> dict[str, dict[str, Any]]:
         """Greedy texts, and in the test how often they beat those of the start policy."""
@@ -289,10 +298,8 @@ class ACPO(GRPO):
             rollouts = whole_texts(self.evaluation_rollouts(prompts, sampling, data.engine))
             pairs = zip(rollouts.prompts, rollouts.completions, strict=True)
             texts.append([reward.read(prompt, completion) for prompt, completion in pairs])
-        met = [pair_of_texts(new, old) for old, new in zip(*texts, strict=True)]
-        outcomes = reward.compare(
-            [(pair, number % 2 == 1) for number, pair in enumerate(met)], prompts
-        )
+        met = [(pair_of_texts(new, old), False) for old, new in zip(*texts, strict=True)]
+        outcomes = reward.compare(met, [prompt.task for prompt in prompts], both_orders=True)
         wins = torch.tensor([(outcome.outcome + 1) / 2 for outcome in outcomes])
         found[""] = dict(found[""])
         found[""]["win_rate_vs_start"] = masked_sum_count(wins, torch.tensor(batch.counted))

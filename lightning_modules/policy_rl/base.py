@@ -381,8 +381,12 @@ class PolicyModule(EvaluatedModule):
         return Rollouts.from_groups(prompts, engine.generate(prompts, sampling))
 
     def score_evaluation(self, rollouts: Rollouts, reward: RewardFunction) -> dict[str, Tensor]:
-        """Parts ``(N,)`` of a validation or test, ``reward`` among them; those of training here."""
-        return self.score(rollouts, reward)
+        """Parts ``(N,)`` of a validation or test, ``reward`` among them.
+
+        Those of training, or what a reward that needs several completions a prompt gives instead.
+        """
+        own = getattr(reward, "evaluation", None)
+        return self.score(rollouts, reward) if own is None else own(rollouts)
 
 
 def _unchanged(batch: Any) -> Any:

@@ -78,8 +78,8 @@ def test_the_mode_of_both_types(text: str, plan: int, valid: int) -> None:
     task = make()
     for kind in KINDS:
         parts = task.verify(asked(task, kind), write(task, text))
-        mode = float(plan == (kind == "long"))
-        wanted = {"mode": mode, "plan": plan, "valid": valid, "reward": mode * valid}
+        mode = float(valid and plan == (kind == "long"))
+        wanted = {"mode": mode, "plan": plan, "valid": valid, "reward": mode}
         assert {name: parts[name] for name in wanted} == wanted
 
 
@@ -99,7 +99,7 @@ def test_what_judges_and_lengths_see_has_no_plan() -> None:
     cut = write(task, "<plan> w1 w2 </plan> w6 w7 w0", FinishReason.LENGTH)
     assert task.conversation(prompt, cut) == (chat, "")
     parts = task.verify(prompt, cut)
-    assert (parts["valid"], parts["reward"], parts["utility"], parts["mode"]) == (0, 0, 0, 1)
+    assert (parts["valid"], parts["reward"], parts["utility"], parts["mode"]) == (0, 0, 0, 0)
 
 
 def test_prefixes_force_their_mode() -> None:

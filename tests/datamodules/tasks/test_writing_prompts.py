@@ -219,10 +219,10 @@ def test_plans_are_read(
     read = task.read_plan(prompts[0], done)
     assert (read.content, read.has_plan, read.error) == (content, plan, error)
     for prompt, kind in zip(prompts, ("long", "short", "short"), strict=True):
-        is_right = plan == (kind == "long")
+        is_right = error is None and plan == (kind == "long")
         parts = task.verify(prompt, done)
         assert parts == {
-            "reward": float(is_right and error is None),
+            "reward": float(is_right),
             "mode": float(is_right),
             "plan": float(plan),
             "valid": float(error is None),
@@ -243,7 +243,7 @@ def test_content_tokens_count_what_is_not_blank(task: WritingPrompts) -> None:
 def test_what_did_not_end_does_not_parse(task: WritingPrompts, reason: FinishReason) -> None:
     prompt = task.prompt(task.records("train")[0])
     parts = task.verify(prompt, say(task, PLAN + "Text.", reason))
-    assert (parts["reward"], parts["valid"], parts["mode"], parts["plan"]) == (0.0, 0.0, 1.0, 1.0)
+    assert (parts["reward"], parts["valid"], parts["mode"], parts["plan"]) == (0.0, 0.0, 0.0, 1.0)
     assert task.conversation(prompt, say(task, "Text.", reason))[1] == ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from datamodules.tasks.prefix_audit import PrefixAudit
 from lightning_modules.backbones.tiny import word_tokenizer
 from lightning_modules.grm.ac_genrm import ACGenRM
 from lightning_modules.grm.candidates import Comparison
-from lightning_modules.grm.exported import ExportedJudge
-from lightning_modules.grm.judge_reward import ComparisonReward, JudgeReward, TaskJudgeReward
+from lightning_modules.grm.exported import ExportedJudge, TaskJudge
+from lightning_modules.grm.judge_reward import ComparisonReward
 from tests.data_files import write_judge
 
 WORLD: dict[str, Any] = {"num_train": 4, "num_val": 2, "num_test": 2, "flip": 0.0}
@@ -107,7 +108,7 @@ def test_verdicts_are_kept_by_content(task):
     assert len(judge.asked) == 1
     assert torch.equal(first["reward"], again["reward"])
     assert float(again["judge/tokens"].sum()) == 0
-    reward(rollouts_of(task, ["w1", "w1 w2", "w4"]))
+    reward(rollouts_of(task, ["w4", "w1 w2", "w1"]))  # in another order
     assert len(judge.asked[1]) == 4  # both orders of the two new pairs
     small = ComparisonReward(LongestWins(), cache_size=2, scheme="round_robin")
     small(rollouts_of(task, ["w1", "w1 w2", "w3"]))
@@ -121,25 +122,67 @@ def test_the_reward_of_a_group_does_not_depend_on_its_neighbours(task):
     assert torch.equal(whole["reward"][:3], alone["reward"])
 
 
-def test_one_sample_a_group_earns_nothing(task):
+def test_one_sample_a_group_is_refused_in_training_and_verified_in_tests(task):
     judge = LongestWins()
-    parts = ComparisonReward(judge)(rollouts_of(task, ["w1 w2"]))
-    assert parts["reward"].tolist() == [0.0]
+    alone = rollouts_of(task, ["w1 w2"])
+    with pytest.raises(ValueError, match="model.samples_per_prompt must be at least 2"):
+        ComparisonReward(judge)(alone)
+    parts = ComparisonReward(judge).evaluation(alone)
+    expected = task.verify(alone.prompts[0], alone.completions[0])
+    assert {name: float(value) for name, value in parts.items()} == pytest.approx(expected)
     assert judge.asked == []
+
+
+def test_equal_texts_tie_unread(task):
+    judge = LongestWins()
+    parts = ComparisonReward(judge, scheme="round_robin")(rollouts_of(task, ["w1 w2"] * 4))
+    assert parts["reward"].abs().max() == 0
+    assert parts["judge/tie"].tolist() == [1.0] * 4
+    assert judge.asked == []
+
+
+def test_texts_that_were_cut_off_count_as_empty(task):
+    rollouts = rollouts_of(task, ["w1", "w1 w2 w3"])
+    rollouts.completions[1] = replace(rollouts.completions[1], finish_reason=FinishReason.LENGTH)
+    assert ComparisonReward(LongestWins())(rollouts)["reward"].tolist() == [1.0, -1.0]
+    plain = replace(rollouts.completions[1], finish_reason=FinishReason.STOP)
+    rollouts.completions[1] = plain
+    assert ComparisonReward(LongestWins())(rollouts)["reward"].tolist() == [-1.0, 1.0]
+
+
+def test_every_task_asks_its_own_judge(task):
+    other = MiniWriting(**WORLD, world_seed=1)
+    other.bind(task.tokenizer)
+    seen = []
+
+    class Noted(TaskJudge):
+        def compare(self, pairs: Sequence[Pair], task: Task) -> list[Comparison]:
+            seen.append((task, len(pairs)))
+            return super().compare(pairs, task)
+
+    first, second = (rollouts_of(one, ["w1", "w2 w3"]) for one in (task, other))
+    both = Rollouts(
+        prompts=[*first.prompts, *second.prompts],
+        completions=[*first.completions, *second.completions],
+        groups=torch.tensor([0, 0, 1, 1]),
+    )
+    ComparisonReward(Noted())(both)
+    assert seen in ([(task, 1), (other, 1)], [(other, 1), (task, 1)])
 
 
 def test_the_task_is_its_own_judge(task):
     long = next(r for r in task.records("train") if r.kind == "long")
     walk = " ".join(f"w{(long.start + i) % 8}" for i in range(8))
     rollouts = rollouts_of(task, [walk, "w0", "w0 w0"])
-    parts = TaskJudgeReward(scheme="round_robin")(rollouts)
+    parts = ComparisonReward(TaskJudge(), scheme="round_robin")(rollouts)
     assert float(parts["reward"][0]) == 1.0
     audit = PrefixAudit(num_train=1, num_val=1, num_test=1)
     audit.bind(word_tokenizer(audit.vocabulary()))
     prompt = audit.preference_prompt(audit.records("train")[0])
-    made = Rollouts.from_groups([prompt], [[Completion((5, 2), (0.0, 0.0), FinishReason.STOP)] * 2])
+    two = [Completion((first, 2), (0.0, 0.0), FinishReason.STOP) for first in (5, 6)]
+    made = Rollouts.from_groups([prompt], [two])
     with pytest.raises(ValueError, match="'prefix_audit' has no judge of its own"):
-        TaskJudgeReward()(made)
+        ComparisonReward(TaskJudge())(made)
 
 
 @pytest.mark.parametrize(
@@ -170,19 +213,20 @@ def test_exported_judge_is_the_judge(exported, task):
     own.bind(word_tokenizer(own.vocabulary()))
     expected = module.compare(pairs, engine=HFEngine(), task=own)
     assert found == expected
-    assert [one.winner for one in module.compare(pairs, engine=HFEngine(), task=own)] == [
-        one.winner for one in found
-    ]
     assert not any(p.requires_grad for p in judge._load().parameters())
 
 
 def test_rewards_of_an_exported_judge(exported, task):
-    reward = JudgeReward(path=str(exported), inference="majority", num_votes=3)
+    reward = ComparisonReward(
+        ExportedJudge(str(exported), inference="majority", num_votes=3), path=str(exported)
+    )
     parts = reward(rollouts_of(task, ["w1", "w1 w2", "w3", "w4 w5"]))
     assert parts["reward"].shape == (4,)
     assert set(parts) >= {"judge/tokens", "judge/unparsed", "judge/first_slot"}
     assert float(parts["judge/tokens"].sum()) > 0
-    again = JudgeReward(path=str(exported), inference="majority", num_votes=3)
+    again = ComparisonReward(
+        ExportedJudge(str(exported), inference="majority", num_votes=3), path=str(exported)
+    )
     assert torch.equal(
         parts["reward"], again(rollouts_of(task, ["w1", "w1 w2", "w3", "w4 w5"]))["reward"]
     )
@@ -191,8 +235,9 @@ def test_rewards_of_an_exported_judge(exported, task):
 def test_texts_that_the_judge_cannot_read_are_refused(exported):
     odd = MiniWriting(**WORLD, num_words=12)
     odd.bind(word_tokenizer(odd.vocabulary()))
-    with pytest.raises(ValueError, match="does not know, such as 'w11'"):
-        JudgeReward(path=str(exported))(rollouts_of(odd, ["w11", "w1"]))
+    reward = ComparisonReward(ExportedJudge(str(exported)), path=str(exported))
+    with pytest.raises(ValueError, match="the judge of reward.path=.* such as 'w11'"):
+        reward(rollouts_of(odd, ["w11", "w1"]))
 
 
 def test_judges_do_not_push_the_policy_out_of_vllm(exported):
@@ -214,15 +259,27 @@ def test_folder_with_another_tokenizer_is_refused(exported, tmp_path, task):
         (None, "no folder of an exported judge"),
         ({"module": "lightning_modules.policy_rl.grpo.GRPO"}, "which is no judge"),
         ({"judge": {"module": "os.system", "options": {}, "task": {}}}, "asks for 'os.system'"),
+        ({"judge": {"module": "os.system"}}, "which is no judge"),
+        ([1], "which is no judge"),
+        (
+            {
+                "judge": {
+                    "module": "lightning_modules.grm.ac_genrm.ACGenRM",
+                    "options": {"volts": 3},
+                    "task": {"_target_": f"{MiniWritingPairs.__module__}.MiniWritingPairs"},
+                }
+            },
+            "does not fit this version of the library",
+        ),
         (
             {
                 "judge": {
                     "module": "lightning_modules.grm.ac_genrm.ACGenRM",
                     "options": {},
-                    "task": {"_target_": "subprocess.run"},
+                    "task": {"_target_": "datamodules.tasks.preferences.read_preference_pairs"},
                 }
             },
-            "asks for 'subprocess.run'",
+            "which is no JudgeTask below datamodules.tasks",
         ),
     ],
 )
