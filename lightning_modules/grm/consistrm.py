@@ -69,7 +69,7 @@ from lightning_modules.grm.label_memory import LabelMemory
 
 LABELS = ("consist", "majority", "memory_only", "frozen", "gold")
 SIGNALS = ("semantic", *CONFIDENCES, "none")
-COLLAPSED, WATCHED = 0.95, 5  # share of one slot, over this many rollouts
+COLLAPSED, WATCHED = 0.9, 5  # share of one slot, over this many rollouts
 
 
 class ConsistRM(GenerativeRewardModule):
