@@ -173,13 +173,10 @@ def cut_layers(module: Any, count: int) -> None:
 
 
 def make_rollouts(module: Any, data: Any, prompts: Sequence[Prompt]) -> tuple[Any, list[Request]]:
-    """Rollouts of stand-in completions through the module's ``rollout`` and ``score``.
+    """Rollouts of stand-in completions, scored, and what the engine was asked for.
 
     A rollout that looks at weights (trees) is planned as flat samples of as many completions, an
     upper bound of its tokens; so is one that needs records whose file is not at hand.
-
-    Returns:
-        The rollouts and what the engine was asked for.
     """
     engine = StandInEngine()
     try:

@@ -122,7 +122,9 @@ def test_experiment(name: str, make_config: Make, tmp_path: Path, reward_model: 
         groups = {k: v for one in recipe.defaults if one != "_self_" for k, v in one.items()}
         small += ["trainer.precision=32-true", "trainer.strategy=auto"]
         small += [f"~engine.{key}" for key in recipe.get("engine", {})]
-        small += data_options(tmp_path, groups["override /data"])
+        small += (rows := data_options(tmp_path, groups["override /data"]))
+        if "test_path" in recipe.data.get("task", {}):
+            small.append(rows[0].replace("data.path", "data.task.test_path"))
         small += {
             "model": [f"reward.path={reward_model}", "reward.dtype=float32"],
             "judge": [f"reward.path={write_judge(tmp_path)}", "reward.judge.engine=null"],

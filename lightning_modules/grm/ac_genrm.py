@@ -35,13 +35,13 @@ from torch import Tensor
 from datamodules.engines.base import Engine, Sampling
 from datamodules.experience import Completion, Prompt, Rollouts
 from datamodules.rewards import RewardFunction
-from datamodules.tasks.base import Pair, Verdict
+from datamodules.tasks.base import JudgeTask, Pair, Verdict
 from datamodules.tasks.criteria import CRITERIA, Criteria, CriteriaJudgeTask
 from lightning_modules.functional.choices import check_choice
 from lightning_modules.functional.comparisons import soft_outcome
 from lightning_modules.functional.sums import Metrics, masked_sum_count
 from lightning_modules.grm.base import GenerativeRewardModule
-from lightning_modules.grm.candidates import Candidates
+from lightning_modules.grm.candidates import Candidates, Comparison
 
 MODES = ("shared", "per_pair", "static", "shuffled", "none")
 WRITTEN = ("shared", "per_pair", "shuffled")  # modes in which the model writes criteria
@@ -86,6 +86,7 @@ class ACGenRM(GenerativeRewardModule):
         self.verdict_candidates = MARGIN_CANDIDATES if verdicts == "soft" else 0
         self._criteria: dict[str, Criteria] = {}
         self._criteria_of: tuple[str, int] = ("", -1)  # whose: engine's key, policy version
+        self._criteria_tokens: dict[str, int] = {}  # not yet counted by a comparison
 
     def judge_options(self) -> dict[str, Any]:
         """Those of the family, and how criteria come about."""
@@ -230,12 +231,32 @@ class ACGenRM(GenerativeRewardModule):
             unknown, prompts, engine.generate(prompts, sampling), strict=True
         ):
             self._criteria[text] = task.parse_criteria(prompt, group[0])
+            self._criteria_tokens[text] = len(group[0].token_ids)
         found = [self._criteria[text] for text in questions]
         if self.criteria_mode == "shuffled":
             others = list(dict.fromkeys(questions))
             place = {text: number for number, text in enumerate(others)}
             found = [self._criteria[others[(place[text] + 1) % len(others)]] for text in questions]
         return found
+
+    def compare(
+        self, pairs: Sequence[Pair], *, engine: Engine | None = None, task: JudgeTask | None = None
+    ) -> list[Comparison]:
+        """As in the family; the tokens of new criteria count in the first pair of their query.
+
+        Raises:
+            ValueError: ``criteria_mode=shuffled``: a verdict would depend on the other pairs.
+        """
+        if self.criteria_mode == "shuffled":
+            raise ValueError(
+                "criteria_mode=shuffled is for ablations of the judge itself: as a reward, use "
+                "shared, static or none"
+            )
+        found = super().compare(pairs, engine=engine, task=task)
+        return [
+            replace(one, tokens=one.tokens + self._criteria_tokens.pop(pair.question, 0))
+            for pair, one in zip(pairs, found, strict=True)
+        ]
 
     def outcome(self, candidates: Candidates, verdict: int | None) -> float:
         """Hard, or the mean soft outcome of the judgements that have one."""

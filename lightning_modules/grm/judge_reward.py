@@ -30,7 +30,7 @@ from lightning_modules.functional.comparisons import Scheme, matches, relative_r
 from lightning_modules.grm.candidates import Comparison
 from lightning_modules.grm.exported import PairJudge
 
-Shown = tuple[str, str, str]  # question and both texts, in the order in which a judge sees them
+Shown = tuple[str, str, str, int]  # question, both texts in the order shown, whose task
 
 
 class ComparisonReward:
@@ -38,9 +38,10 @@ class ComparisonReward:
 
     Parts besides ``reward``, each a mean over a completion's comparisons: ``judge/tie``,
     ``judge/unparsed``, ``judge/first_slot`` (verdicts for slot 1; 0.5 in random orders is no bias),
-    ``judge/flip`` (orders that disagree, with ``both_orders``), ``judge/tokens``, written by the
-    judge for this completion, and ``judge/empty``, 1 for a completion without text: it loses
-    against any text unread, and ties with another one [our choice].
+    ``judge/flip`` (orders that disagree, with ``both_orders``), ``judge/tokens``, newly written for
+    this completion (what this process remembers costs none, so a resumed run writes some again),
+    and ``judge/empty``, 1 for a completion without text: it loses against any text unread, and ties
+    with another one [our choice].
 
     Args:
         judge: Compares.
@@ -172,7 +173,10 @@ class ComparisonReward:
 
     def _verdicts(self, pairs: Sequence[Pair], tasks: Sequence[Task]) -> list[Comparison]:
         """Of the cache, of trivial pairs at once, of the judge in one batch a task."""
-        keys = [(pair.question, *pair.responses) for pair in pairs]  # as they are shown
+        keys = [
+            (pair.question, *pair.responses, id(task))
+            for pair, task in zip(pairs, tasks, strict=True)
+        ]
         known: dict[Shown, Comparison] = {}
         asked: dict[Shown, tuple[Pair, Task]] = {}
         for key, pair, task in zip(keys, pairs, tasks, strict=True):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.data_files import write_judge
 from tests.runs import REPO, SMALL, main
 
 MODELS = sorted(path.stem for path in (REPO / "conf" / "model").glob("[!_]*.yaml"))
@@ -40,13 +41,21 @@ def test_every_model_is_planned_and_nothing_started(model: str, tmp_path: Path) 
     assert all(one["phases"]["peak"] > 0 and one["fits"] for one in machines.values())
 
 
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an exported judge."""
+    return write_judge(tmp_path_factory.mktemp("judge"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("trainer", ["auto", "fsdp"])
 def test_every_recipe_is_planned_on_a_tiny_backbone(
-    name: str, trainer: str, tmp_path: Path
+    name: str, trainer: str, tmp_path: Path, judge: Path
 ) -> None:
     small = ["backbone=tiny", "backbone.path=null", f"trainer={trainer}", "plan.gpus=[8]"]
+    if "reward: judge" in (REPO / "conf" / "experiment" / f"{name}.yaml").read_text():
+        small.append(f"reward.path={judge}")
     status, output, errors = _run(tmp_path, f"experiment={name}", *small, *SMALL)
     assert status == 0, errors
     assert "8 x H100: fits" in output
