@@ -25,9 +25,14 @@ from datamodules.prepared import fingerprint, prepare
 from datamodules.rollouts import RolloutDataModule
 from datamodules.tasks.base import JudgeTask, Pair
 
+VOTED_AT_ONCE = 4096  # prompts; what they wrote is dropped before the next ones
+
 
 class SelfTrainingDataModule(RolloutDataModule):
     """Rollouts of a judge over pairs, with both orders of a pair in one draw where asked.
+
+    Hidden labels are hidden from training. The warm start of a tiny backbone stands for the
+    supervised training that a published backbone has had, and may have seen verdicts.
 
     Args:
         task: A ``JudgeTask``.
@@ -109,16 +114,22 @@ class SelfTrainingDataModule(RolloutDataModule):
         self.engine.sync(model, 0)
         limit = max((prompt.max_new_tokens or 1024 for prompt in prompts), default=1024)
         sampling = Sampling(temperature=1.0, samples=self.prior_votes, max_new_tokens=limit)
+        rows: list[dict[str, Any]] = []
         with self.engine.keyed(f"{self.seed}/votes"):
-            groups = self.engine.generate(prompts, sampling)
-        rows = [
-            {
-                "uid": prompt.record.uid,
-                "swapped": prompt.record.swapped,
-                "votes": [self.judge_task.parse(prompt, one).winner for one in group],
-            }
-            for prompt, group in zip(prompts, groups, strict=True)
-        ]
+            for start in range(0, len(prompts), VOTED_AT_ONCE):
+                asked = prompts[start : start + VOTED_AT_ONCE]
+                rows += [
+                    {
+                        "uid": prompt.record.uid,
+                        "swapped": prompt.record.swapped,
+                        "votes": [self.judge_task.parse(prompt, one).winner for one in group],
+                    }
+                    for prompt, group in zip(
+                        asked, self.engine.generate(asked, sampling), strict=True
+                    )
+                ]
+                if len(prompts) > VOTED_AT_ONCE:
+                    rank_zero_info(f"voted on {len(rows)}/{len(prompts)} prompts")
         valid = sum(vote is not None for row in rows for vote in row["votes"])
         share = valid / max(1, len(prompts) * self.prior_votes)
         rank_zero_info(f"{share:.0%} of these votes parsed")
