@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -179,8 +180,9 @@ def make_rollouts(module: Any, data: Any, prompts: Sequence[Prompt]) -> tuple[An
     upper bound of its tokens; so is one that needs records whose file is not at hand.
     """
     engine = StandInEngine()
+    rollout = partial(PolicyModule.rollout, module) if module.reads_weights else module.rollout
     try:
-        rollouts: Rollouts = module.rollout(list(prompts), engine)
+        rollouts: Rollouts = rollout(list(prompts), engine)
     except (DataDependentOutputException, AttributeError) as error:
         if isinstance(error, AttributeError) and prompts[0].record is not None:
             raise

@@ -136,6 +136,8 @@ class PolicyModule(EvaluatedModule):
         self.entropy_grad = False
         self.region: TopK | TopP | None = None
         self.reference: Any = None
+        #: ``rollout`` looks at weights: ``mode=plan`` then takes flat samples at once.
+        self.reads_weights = False
 
     def build(self) -> None:
         """The policy and, where a KL needs it and no adapter can be switched off, a frozen copy."""

@@ -102,6 +102,7 @@ class ROSE(GRPO):
         **kwargs: Any,
     ) -> None:
         super().__init__(**{"normalize_std": False} | kwargs)
+        self.reads_weights = True
         check_choice("model.branch_score", branch_score, (*BRANCH_SCORES, "random"))
         check_choice("model.credit", credit, ("segment", "sequence"))
         check_choice("model.node_identity", node_identity, ("owner", "position"))
