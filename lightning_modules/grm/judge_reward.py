@@ -38,10 +38,10 @@ class ComparisonReward:
 
     Parts besides ``reward``, each a mean over a completion's comparisons: ``judge/tie``,
     ``judge/unparsed``, ``judge/first_slot`` (verdicts for slot 1; 0.5 in random orders is no bias),
-    ``judge/flip`` (orders that disagree, with ``both_orders``), ``judge/tokens``, newly written for
-    this completion (what this process remembers costs none, so a resumed run writes some again),
-    and ``judge/empty``, 1 for a completion without text: it loses against any text unread, and ties
-    with another one [our choice].
+    ``judge/longer`` (verdicts for the longer text), ``judge/flip`` (orders that disagree, with
+    ``both_orders``), ``judge/tokens``, newly written for this completion (what this process
+    remembers costs none, so a resumed run writes some again), and ``judge/empty``, 1 for a
+    completion without text: it loses against any text unread, and ties with another [our choice].
 
     Args:
         judge: Compares.
@@ -111,7 +111,7 @@ class ComparisonReward:
         )
         sums = _Sums(len(rows))
         for (one, other), comparison in zip(met, found, strict=True):
-            sums.add((one, other), comparison)
+            sums.add((one, other), comparison, _longer_won(comparison, texts[one], texts[other]))
         reward = relative_rewards(met, [c.outcome for c in found], len(rows), self.scheme)
         empty = torch.tensor([float(not text.strip()) for _, text in texts])
         return {"reward": reward, "judge/empty": empty} | sums.means()
@@ -207,15 +207,15 @@ class _Sums:
     """Parts of the rewards, summed over each row's comparisons."""
 
     def __init__(self, rows: int) -> None:
-        names = ("tie", "unparsed", "first_slot", "flip", "tokens")
+        names = ("tie", "unparsed", "first_slot", "longer", "flip", "tokens")
         self.sums = {name: torch.zeros(rows) for name in names}
         self.count = torch.zeros(rows)
 
-    def add(self, rows: tuple[int, int], comparison: Comparison) -> None:
+    def add(self, rows: tuple[int, int], comparison: Comparison, longer: float) -> None:
         for row in rows:
             self.count[row] += 1
             for name, total in self.sums.items():
-                value = float(getattr(comparison, name))
+                value = longer if name == "longer" else float(getattr(comparison, name))
                 total[row] += value / 2 if name == "tokens" else value
 
     def means(self) -> dict[str, Tensor]:
@@ -224,6 +224,14 @@ class _Sums:
             f"judge/{name}": total if name == "tokens" else total / size
             for name, total in self.sums.items()
         }
+
+
+def _longer_won(comparison: Comparison, one: tuple[str, str], other: tuple[str, str]) -> float:
+    """1 where the longer text won, 0 where the shorter one; 0.5 where neither did."""
+    gap = len(one[1]) - len(other[1])
+    if comparison.winner is None or gap == 0:
+        return 0.5
+    return float((gap > 0) == (comparison.winner == 1))
 
 
 def _merged(orders: Sequence[Comparison]) -> Comparison:

@@ -244,6 +244,7 @@ class ACPO(GRPO):
             "plan_tokens": torch.tensor([float(text.plan_tokens) for text in texts]),
             "content_tokens": torch.tensor([float(text.content_tokens) for text in texts]),
             "failed": is_failed.float(),
+            "penalised_length": (self.length_reward(rollouts, texts) < 0).float(),
         }
 
     def advantages(self, rollouts: Rollouts) -> tuple[Tensor, Metrics]:

@@ -82,6 +82,16 @@ def test_plans_are_shown_where_asked(task):
     assert parts["reward"].tolist() == [-1.0, 1.0]
 
 
+def test_a_taste_for_length_is_seen(task):
+    texts = ["w1", "w1 w2", "w1 w2 w3"]
+    parts = ComparisonReward(LongestWins(), scheme="round_robin")(rollouts_of(task, texts))
+    assert parts["judge/longer"].tolist() == [1.0] * 3
+    alike = ComparisonReward(LongestWins(), scheme="round_robin")(
+        rollouts_of(task, ["w1 w2", "w2 w1"])
+    )
+    assert alike["judge/longer"].tolist() == [0.5] * 2
+
+
 def test_orders_are_random_and_slots_cancel(task):
     """A judge of slot 1 gives nothing to anybody on average, and is seen in the metric."""
 

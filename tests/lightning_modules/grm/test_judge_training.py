@@ -135,7 +135,7 @@ def test_a_policy_is_trained_on_the_verdicts_of_a_judge(finished: Finished) -> N
     assert metrics["train/grad_norm"] > 0
     assert metrics["rollout/reward_min"] < 0, "a verifier gives 0 or more"
     reader = board(finished.folder)
-    for part in ("tie", "first_slot", "unparsed", "tokens", "empty"):
+    for part in ("tie", "first_slot", "longer", "unparsed", "tokens", "empty"):
         values = [
             value
             for kind in KINDS
