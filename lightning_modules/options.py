@@ -68,11 +68,15 @@ class MergeOptions:
         folders: Exports of one architecture.
         method: A name of ``functional.merging.METHODS``.
         weights: One a folder, in any proportion; None for equal ones.
+        base: Folder of the model that all started from, for methods on task vectors.
+        options: Of the method, such as ``density``, and ``one_d``.
     """
 
     folders: list[str] = field(default_factory=list)
     method: str = "linear"
     weights: list[float] | None = None
+    base: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

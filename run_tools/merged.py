@@ -1,7 +1,8 @@
-"""Exported folders merged into one: experts of single domains become one model.
+"""Exported folders merged into one: experts of single domains, or bags of rows, become one model.
 
 Weights are read from safetensors and written in shards, one tensor of every model at a time;
-nothing is unpickled. Configuration and tokenizer are those of the first folder.
+nothing is unpickled. Memory is that of the largest tensor in all models, and of a few copies of it.
+Configuration and tokenizer are those of the first folder.
 """
 
 from __future__ import annotations
@@ -9,21 +10,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from datamodules.prepared import fingerprint, prepare
-from lightning_modules.functional.merging import merge_tensors, normalized_weights
+from lightning_modules.functional.merge_figures import MergeFigures, MergeReport
+from lightning_modules.functional.merging import (
+    METHODS,
+    argument_problems,
+    merge_tensors,
+    used_weights,
+)
 from lightning_modules.options import MergeOptions, read_options
+from run_tools.merge_output import INDEX, write_shards
+from run_tools.merge_sources import Source, check_alike, open_source
 
-_INDEX = "model.safetensors.index.json"
-_OWN_FILES = ("litpost.json", "prepared.json", _INDEX)
+_REPORT = "merge.json"
+_OWN_FILES = ("litpost.json", "prepared.json", "pytorch_model.bin.index.json", _REPORT, INDEX)
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -33,64 +40,106 @@ def merge_folders(
     method: str = "linear",
     weights: Sequence[float] | None = None,
     *,
+    base: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    reference: str | Path | None = None,
     max_shard_bytes: int = 4 * 2**30,
 ) -> Path:
     """Merge Hugging Face folders of one architecture into a new folder.
+
+    The folders hold dense weights, as exports do (those of LoRA runs are folded). The figures of
+    the merge go to ``merge.json`` in ``output``; ``read_report`` reads them.
 
     Args:
         folders: Exports to merge, e.g. ``outputs/mgs/s0/arms/only_math/export``.
         output: The new folder; one that holds files is refused.
         method: A name of ``functional.merging.METHODS``.
         weights: One a folder, in any proportion; None for equal ones.
+        base: Folder of the model that all started from. Task arithmetic, TIES and DARE need it;
+            with one the others merge task vectors too, which changes slerp, multislerp and karcher.
+        options: Of the method, such as ``density``, and ``one_d``.
+        reference: Folder that the figures measure distances and task vectors from, ``base`` unless
+            given; it does not change the merge.
         max_shard_bytes: Bytes of a file of weights at most (a larger tensor has its own).
 
     Returns:
         ``output``.
 
     Raises:
-        ValueError: Fewer than two folders, one without safetensors, different architectures,
-            tensors or shapes (the first is named), or ``output`` holds files.
+        ValueError: Fewer than two folders (one will do where the method needs a base), one without
+            safetensors or with adapters, different architectures, tensors, shapes or tokenizers
+            (the first difference is named), a missing base, an unknown option, values that are not
+            finite, or ``output`` holds files.
 
     Example:
         >>> merge_folders(["math/export", "chat/export"], "merged")  # doctest: +SKIP
     """
     paths, target = [Path(folder) for folder in folders], Path(output)
-    if len(paths) < 2:
+    if len(paths) < fewest_models(method):
         raise ValueError(f"backbone.merge names {len(paths)} folders; two or more are needed")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if is_taken(target):
         raise ValueError(f"{target} is there already and is not empty; name a new folder")
-    shares = normalized_weights(weights, len(paths))
-    indexes = [_index(path) for path in paths]
-    _check_alike(paths, indexes)
+    problems = argument_problems(
+        method, len(paths), weights=weights, has_base=base is not None, options=options
+    )
+    if problems:
+        raise ValueError("; ".join(problems))
+    models = [open_source(path) for path in paths]
+    start = None if base is None else open_source(base)
+    measured = start if reference is None else open_source(reference)
+    check_alike([*models, *(one for one in (start, measured) if one is not None)])
     unfinished = target.with_name(target.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    for file in sorted(paths[0].iterdir()):
-        if file.is_file() and file.suffix not in _WEIGHTS and file.name not in _OWN_FILES:
-            shutil.copy(file, unfinished)
-    with ExitStack() as stack:
-        opened: dict[Path, Any] = {}
-
-        def read(model: int, name: str) -> Tensor:
-            file = indexes[model][name]
-            if file not in opened:
-                opened[file] = stack.enter_context(safe_open(file, framework="pt"))
-            tensor: Tensor = opened[file].get_tensor(name)
-            return tensor
-
-        merged = merge_tensors(sorted(indexes[0]), read, len(paths), method=method, weights=shares)
-        _write(merged, unfinished, max_shard_bytes)
-    info = {"merged": [str(path) for path in paths], "method": method, "weights": shares}
-    (unfinished / "litpost.json").write_text(json.dumps(info, indent=1) + "\n")
-    os.replace(unfinished, target)  # an empty folder in its place is replaced too
+    info = {
+        "merged": [str(path) for path in paths],
+        "method": method,
+        "weights": used_weights(weights, len(paths), options),
+        "base": None if base is None else str(base),
+        "options": dict(options or {}),
+    }
+    try:
+        report = _merge(models, start, measured, info, unfinished, max_shard_bytes)
+        for file in sorted(paths[0].iterdir()):
+            if file.is_file() and file.suffix not in _WEIGHTS and file.name not in _OWN_FILES:
+                shutil.copy(file, unfinished)
+        (unfinished / "litpost.json").write_text(json.dumps(info, indent=1) + "\n")
+        told = {"reference": None if measured is None else str(measured.path), **asdict(report)}
+        (unfinished / _REPORT).write_text(json.dumps(info | told, indent=1) + "\n")
+        os.replace(unfinished, target)  # an empty folder in its place is replaced too
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return target
+
+
+def fewest_models(method: str) -> int:
+    """How many models a merge needs: of task vectors one is enough, to scale or take it away."""
+    return 1 if method in METHODS and METHODS[method].needs_base else 2
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether something is there that a new folder would replace."""
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+def read_report(folder: str | Path) -> MergeReport:
+    """Figures of a merged folder.
+
+    Args:
+        folder: Made by ``merge_folders``.
+
+    Raises:
+        FileNotFoundError: It has no ``merge.json``.
+    """
+    said = json.loads(Path(folder, _REPORT).read_text(encoding="utf-8"))
+    return MergeReport(**{name: said[name] for name in asdict(MergeReport())})
 
 
 def prepare_merge(options: Mapping[str, Any], cache_dir: str | Path) -> Path:
     """Folder of the merge that ``backbone.merge`` asks for, made at most once.
 
     Args:
-        options: ``folders``, and where wanted ``method`` and ``weights``.
+        options: ``folders``, and where wanted ``method``, ``weights``, ``base`` and ``options``.
         cache_dir: Where prepared folders live.
 
     Raises:
@@ -98,88 +147,62 @@ def prepare_merge(options: Mapping[str, Any], cache_dir: str | Path) -> Path:
     """
     asked = read_options(MergeOptions, options, "backbone.merge")
     folders, method, weights = [str(one) for one in asked.folders], asked.method, asked.weights
-    if missing := [folder for folder in folders if not Path(folder, "config.json").is_file()]:
+    every = [*folders, *([] if asked.base is None else [asked.base])]
+    if missing := [folder for folder in every if not _is_export(Path(folder))]:
         raise ValueError(
             f"backbone.merge.folders: {missing[0]} is no exported model; train it first (a run's "
             f"export/ folder)"
         )
-    material = {"folders": [fingerprint(f) for f in folders], "method": method, "weights": weights}
+    material: dict[str, Any] = {
+        "folders": [fingerprint(f) for f in folders],
+        "method": method,
+        "weights": weights,
+    }
+    if asked.base is not None:
+        material["base"] = fingerprint(asked.base)
+    if asked.options:
+        material["options"] = dict(asked.options)
 
     def build(folder: Path) -> None:
-        merge_folders(folders, folder, method, weights)
+        merge_folders(folders, folder, method, weights, base=asked.base, options=asked.options)
 
     return prepare(cache_dir, "merged", material, build)
 
 
-def _index(folder: Path) -> dict[str, Path]:
-    """Tensor name to the file that holds it."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no exported model (it has no config.json)")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder}: it has no safetensors; other weights are not read")
-    index: dict[str, Path] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as handle:
-                index |= dict.fromkeys(handle.keys(), file)
-        except Exception as error:  # safetensors has exceptions of its own
-            raise ValueError(f"{file}: no readable safetensors ({error})") from error
-    return index
+def _is_export(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
-def _check_alike(paths: Sequence[Path], indexes: Sequence[dict[str, Path]]) -> None:
-    """Refuse other architectures, tensors or shapes before anything is written."""
-    architectures = [
-        json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures")
-        for path in paths
-    ]
-    shapes = [_shapes(index) for index in indexes]
-    for path, architecture, own in zip(paths[1:], architectures[1:], shapes[1:], strict=True):
-        what = f"{path} cannot be merged with {paths[0]}"
-        if architecture != architectures[0]:
-            raise ValueError(f"{what}: its architecture is {architecture}, not {architectures[0]}")
-        for name in sorted(shapes[0].keys() | own.keys()):
-            if own.get(name) != shapes[0].get(name):
-                first, second = (s.get(name, "missing") for s in (shapes[0], own))
-                raise ValueError(f"{what}: {name} is {second} there and {first} here")
+def _merge(
+    models: Sequence[Source],
+    base: Source | None,
+    reference: Source | None,
+    info: Mapping[str, Any],
+    folder: Path,
+    max_shard_bytes: int,
+) -> MergeReport:
+    """Write the merged weights into ``folder`` and measure them on the way."""
+    figures = MergeFigures(info["weights"])
 
+    def observe(
+        name: str, tensors: Sequence[Tensor], base_tensor: Tensor | None, merged: Tensor
+    ) -> None:
+        origin = base_tensor
+        if reference is not None and reference is not base:
+            origin = reference.read(name)
+        figures.add(name, tensors, merged, base=base_tensor, reference=origin)
 
-def _shapes(index: dict[str, Path]) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for file in dict.fromkeys(index.values()):
-        with safe_open(file, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 (not a mapping)
-                shapes[name] = tuple(handle.get_slice(name).get_shape())
-    return shapes
+    def merged(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        return merge_tensors(
+            names,
+            lambda model, name: models[model].read(name),
+            len(models),
+            method=info["method"],
+            weights=info["weights"],
+            read_base=None if base is None else base.read,
+            options=info["options"],
+            observe=observe,
+        )
 
-
-def _write(merged: Any, folder: Path, max_bytes: int) -> None:
-    """Shards of at most ``max_bytes``, named and indexed as ``transformers`` reads them."""
-    shards: list[list[str]] = []
-    open_shard: dict[str, Tensor] = {}
-    size = total = 0
-
-    def close() -> None:
-        nonlocal open_shard, size
-        save_file(open_shard, folder / f"part-{len(shards)}.safetensors", {"format": "pt"})
-        shards.append(list(open_shard))
-        open_shard, size = {}, 0
-
-    for name, tensor in merged:
-        bytes_here = tensor.numel() * tensor.element_size()
-        if open_shard and size + bytes_here > max_bytes:
-            close()
-        open_shard[name] = tensor.contiguous()
-        size, total = size + bytes_here, total + bytes_here
-    close()
-    if len(shards) == 1:
-        os.replace(folder / "part-0.safetensors", folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for place, names in enumerate(shards):
-        file = f"model-{place + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.replace(folder / f"part-{place}.safetensors", folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / _INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    write_shards(models[0].specs, merged, folder, max_shard_bytes)
+    return figures.report()
