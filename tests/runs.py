@@ -177,7 +177,8 @@ def assert_same_run(one: Path, other: Path, steps: int) -> None:
         assert read_jsonl(other / "samples.jsonl") == read_jsonl(one / "samples.jsonl")
     boards = board(one), board(other)
     tags = boards[0].Tags()["scalars"]
-    assert boards[1].Tags()["scalars"] == tags
+    # Their order is that of file names, which end in a counter of the process: 10 before 9.
+    assert set(boards[1].Tags()["scalars"]) == set(tags)
     assert "train/loss" in tags and any(tag.startswith("val/") for tag in tags)
     for tag in tags:
         values = scalars(boards[0], tag)

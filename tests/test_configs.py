@@ -125,6 +125,7 @@ def test_experiment(name: str, make_config: Make, tmp_path: Path, reward_model: 
         small += (rows := data_options(tmp_path, groups["override /data"]))
         if "test_path" in recipe.data.get("task", {}):
             small.append(rows[0].replace("data.path", "data.task.test_path"))
+            small.append("data.task.val_fraction=0.2")  # of few rows
         small += {
             "model": [f"reward.path={reward_model}", "reward.dtype=float32"],
             "judge": [f"reward.path={write_judge(tmp_path)}", "reward.judge.engine=null"],
