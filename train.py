@@ -6,6 +6,7 @@ callbacks, loggers, trainer -> fit and test -> arms to compare with -> metrics a
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import time
@@ -24,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from callbacks.preemption import Preempted, is_launched_child, watch
 from callbacks.progress import RunProgressBar
 from callbacks.throughput import peak_gib
-from lightning_modules.backbones.prepare import prepare_tiny
+from lightning_modules.backbones.families import family_of
 from run_tools.checkpoints import backbone_of_checkpoint, load_checkpoint, naming_the_data
 from run_tools.checks import check_config, trainer_values
 from run_tools.folder import RunFolder, changed_keys
@@ -35,8 +36,24 @@ from run_tools.table import print_table
 from run_tools.terminal import footer_lines, leave_group, leave_now, quiet
 
 #: Keys of the group ``backbone`` that only say how its folder is made.
-TINY_KEYS = ("tiny", "warm_start", "merge")
+TINY_KEYS = ("family", "tiny", "warm_start", "merge")
 CONF = Path(__file__).resolve().parent / "conf"
+
+
+def package_folder(package: str, folder: str) -> str:
+    """Folder inside an installed package, for ``${package_folder:...}``.
+
+    Raises:
+        ValueError: It is not installed.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        name = package.replace("_", "-")
+        raise ValueError(f"the package {name} is not installed: pip install {name}")
+    return str(Path(spec.origin).parent / folder)
+
+
+OmegaConf.register_new_resolver("package_folder", package_folder, replace=True)
 
 
 def plain(config: Any) -> Any:
@@ -167,7 +184,7 @@ def load(run_dir: str | Path) -> Any:
     module = build_module(config, {k: v for k, v in backbone.items() if k not in TINY_KEYS})
     module.configure_model()
     module.eval()
-    module.judge_task = data.task
+    module.after_load(data)
     return module
 
 
@@ -241,7 +258,8 @@ def run_one(config: DictConfig, folder: RunFolder) -> dict[str, Any]:
 def prepare_backbone(config: DictConfig, data: Any) -> dict[str, Any]:
     """Plain options of the backbone to start from: a path, a checkpoint's own, or a tiny one."""
     options = plain(config.backbone)
-    tiny, warm_start, merge = (options.pop(key) for key in TINY_KEYS)
+    family = family_of(options)
+    _, tiny, warm_start, merge = (options.pop(key, None) for key in TINY_KEYS)
     if merge:
         options["path"] = str(prepare_merge(merge, config.cache_dir))
     is_whole = not config.lora.enabled  # a checkpoint of adapters has no other weights
@@ -258,7 +276,7 @@ def prepare_backbone(config: DictConfig, data: Any) -> dict[str, Any]:
                 "backbone=hf backbone.path=<model>"
             )
         options["path"] = str(
-            prepare_tiny(
+            family.prepare(
                 data.task,
                 tiny=tiny,
                 warm_start=warm_start,

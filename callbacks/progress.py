@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import Any
@@ -81,7 +82,7 @@ class RunProgressBar(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar at the step a resumed run goes on from."""
-        total = trainer.max_steps if trainer.max_steps > 0 else None
+        total = _total(trainer)
         self._open(self.label, total)
         self._update(self.label, trainer.global_step, total, "")
 
@@ -89,7 +90,7 @@ class RunProgressBar(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move the bar."""
-        total = trainer.max_steps if trainer.max_steps > 0 else None
+        total = _total(trainer)
         self._update(self.label, trainer.global_step, total, self._numbers(trainer, pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -121,6 +122,12 @@ class RunProgressBar(ProgressBar):
     ) -> None:
         """Leave the terminal as it was."""
         self._close()
+
+
+def _total(trainer: Trainer) -> int | None:
+    """Optimizer steps of the run, where they are known."""
+    steps = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
+    return int(steps) if math.isfinite(steps) else None
 
 
 def _short(value: Any) -> str:

@@ -14,7 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class Throughput(Callback):
     """Records ``perf/*`` once an optimizer step.
 
-    ``perf/tokens_per_s`` counts completion tokens trained over the whole step, rollouts included;
+    ``perf/tokens_per_s`` counts completion tokens trained over the whole step, rollouts included
+    (of pairs: all tokens);
     ``perf/<part>_s`` are the seconds of the datamodule's parts (sync, rollout, score, annotate),
     ``perf/train_s`` is the rest.
     """
@@ -32,7 +33,9 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Record when a step is done."""
-        self._tokens += int(batch.mask.sum()) if hasattr(batch, "mask") else 0
+        own = getattr(batch, "num_tokens", None)
+        mask = getattr(batch, "mask", None)
+        self._tokens += own if own is not None else 0 if mask is None else int(mask.sum())
         if trainer.global_step == self._step:
             return
         now = time.perf_counter()

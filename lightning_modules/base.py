@@ -89,6 +89,8 @@ class BaseModule(LightningModule):
         self.task_settings: dict[str, Any] = {}  # what makes the task again, for exported judges
         #: Newest value of every logged tag, in full precision.
         self.results: dict[str, float] = {}
+        #: Whether checkpoints hold weights that ``backbone.path`` does not give back (merges).
+        self.saves_all = False
         self._window: Metrics = {}
         self._summaries: dict[str, Summary] = {}
         self._logged_step = 0
@@ -124,7 +126,16 @@ class BaseModule(LightningModule):
         """One optimizer over ``parameter_groups`` with a schedule over the whole run."""
         trainer = self.trainer
         total = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
-        return build_optimizer(self.parameter_groups(), self.optimizer_options, int(total))
+        steps = self.stage_steps(int(total))
+        return build_optimizer(self.parameter_groups(), self.optimizer_options, steps)
+
+    def stage_steps(self, total: int) -> list[int]:
+        """Optimizer steps of each stage of the run: the learning rate starts again with a stage.
+
+        Args:
+            total: Optimizer steps of the run.
+        """
+        return [total]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log gradient norm and learning rate; drop a non-finite gradient on every rank."""
@@ -252,7 +263,29 @@ class BaseModule(LightningModule):
         assert self.policy is not None
         info = self.export_info()
         is_writer = self._trainer is None or self.trainer.is_global_zero
-        export_hf(self.policy, tokenizer, folder, info=info, is_writer=is_writer)
+        export_hf(
+            self.policy,
+            tokenizer,
+            folder,
+            info=info,
+            is_writer=is_writer,
+            extras=self.write_extras,
+        )
+
+    def write_extras(self, folder: Path) -> None:
+        """Add further files to an export; none here.
+
+        Args:
+            folder: Holds model and tokenizer already.
+        """
+
+    def after_load(self, data: Any) -> None:
+        """Take what a loaded module needs of its data (``train.load``).
+
+        Args:
+            data: The datamodule, bound to the tokenizer.
+        """
+        self.judge_task = data.task
 
     def export_info(self) -> dict[str, Any]:
         """What ``litpost.json`` of the exported folder says."""
@@ -262,7 +295,12 @@ class BaseModule(LightningModule):
     def _is_saved(self, name: str) -> bool:
         if name.startswith("reference."):
             return False  # frozen, comes back from backbone.path
-        return self.lora_options is None or "lora_" in name or not name.startswith("policy.")
+        return (
+            self.saves_all
+            or self.lora_options is None
+            or "lora_" in name
+            or not name.startswith("policy.")
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what ``backbone.path`` gives back; add what makes the file self-contained."""
@@ -282,6 +320,7 @@ class BaseModule(LightningModule):
             "architecture": type(self.policy.base).__name__ if self.policy else "",
             "world_size": self.trainer.world_size,
             "bad_steps": self.bad_steps,
+            "saves_all": self.saves_all,
             "results": dict(self.results),
             "files": self._backbone_files(),
         }
@@ -301,6 +340,7 @@ class BaseModule(LightningModule):
         """
         made = checkpoint.get("litpost", {})
         self.bad_steps = int(made.get("bad_steps", 0))
+        self.saves_all = bool(made.get("saves_all", False))
         if self._trainer is not None and self.trainer.training:
             self.results |= made.get("results", {})
             if lost := what_is_lost(checkpoint, self.trainer.world_size):

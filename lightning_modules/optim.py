@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,27 +17,48 @@ from lightning_modules.options import OptimizerOptions
 
 def lr_factor(step: int, options: OptimizerOptions, total_steps: int) -> float:
     """Factor on ``lr`` of optimizer step ``step`` (0 is the first)."""
-    if step < options.warmup_steps:
-        return (step + 1) / options.warmup_steps
+    warmup = options.warmup_steps or math.ceil(options.warmup_ratio * total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
     if options.schedule == "constant":
         return 1.0
-    span = max(1, total_steps - options.warmup_steps)
-    progress = min(1.0, (step - options.warmup_steps) / span)
+    span = max(1, total_steps - warmup)
+    progress = min(1.0, (step - warmup) / span)
     low = options.final_fraction
     if options.schedule == "linear":
         return 1.0 + (low - 1.0) * progress
     return low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def staged_factor(step: int, options: OptimizerOptions, stages: Sequence[int]) -> float:
+    """Factor on ``lr`` of optimizer step ``step`` of a run in stages.
+
+    Args:
+        step: 0 is the first.
+        options: Of the schedule of every stage.
+        stages: Optimizer steps of each; steps after the last belong to it.
+
+    Example:
+        >>> options = OptimizerOptions(warmup_steps=2)
+        >>> [staged_factor(step, options, [3, 3]) for step in range(6)]
+        [0.5, 1.0, 1.0, 0.5, 1.0, 1.0]
+    """
+    for steps in stages[:-1]:
+        if step < steps:
+            return lr_factor(step, options, steps)
+        step -= steps
+    return lr_factor(step, options, stages[-1])
+
+
 def build_optimizer(
-    groups: Iterable[Mapping[str, Any]], options: OptimizerOptions, total_steps: int
+    groups: Iterable[Mapping[str, Any]], options: OptimizerOptions, stages: Sequence[int]
 ) -> dict[str, Any]:
     """What ``configure_optimizers`` returns: the optimizer and a schedule stepped every step.
 
     Args:
         groups: Parameter groups; one with ``options`` has all of its own but the class.
         options: Of the optimizer, and of all other groups.
-        total_steps: Optimizer steps of the run.
+        stages: Optimizer steps of each stage of the run; the schedule starts again with a stage.
 
     Raises:
         ValueError: The class cannot be imported, or an unknown schedule.
@@ -67,6 +88,6 @@ def build_optimizer(
             part["betas"] = tuple(each.betas)
         part |= each.extra
     optimizer = cls(parts, **values)
-    factors: list[Any] = [partial(lr_factor, options=each, total_steps=total_steps) for each in own]
+    factors: list[Any] = [partial(staged_factor, options=each, stages=stages) for each in own]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

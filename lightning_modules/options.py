@@ -120,6 +120,7 @@ class OptimizerOptions:
         weight_decay: Decoupled for AdamW.
         betas: AdamW's moments; ignored where the optimizer has none.
         warmup_steps: Linear warm-up from 0; step 1 already has ``lr / warmup_steps``.
+        warmup_ratio: The warm-up as a share of the steps, where ``warmup_steps`` is 0.
         schedule: After warm-up: constant, or linear or cosine down to ``final_fraction`` of ``lr``
             at the last step of the run.
         final_fraction: Of ``lr``.
@@ -131,6 +132,7 @@ class OptimizerOptions:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_steps: int = 0
+    warmup_ratio: float = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     final_fraction: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)

@@ -11,8 +11,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from lightning_modules.backbones.prepare import WarmStartOptions
-from lightning_modules.backbones.tiny import TinyOptions
+from lightning_modules.backbones.families import family_of
 from lightning_modules.options import (
     BackboneOptions,
     KernelOptions,
@@ -248,9 +247,14 @@ def check_config(values: Mapping[str, Any]) -> None:
         for p in check_node(group, values[group])
     ]
     backbone = dict(values["backbone"])
+    try:
+        family = family_of(backbone)
+    except ValueError as error:
+        raise ValueError("; ".join([*problems, str(error)])) from error
+    backbone.pop("family", None)
     for name, cls in (
-        ("tiny", TinyOptions),
-        ("warm_start", WarmStartOptions),
+        ("tiny", family.shape),
+        ("warm_start", family.warm_start),
         ("merge", MergeOptions),
     ):
         problems += check_options(f"backbone.{name}", backbone.pop(name, None) or {}, cls)

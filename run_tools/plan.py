@@ -114,7 +114,9 @@ def backbone_to_plan(options: Mapping[str, Any], task: Any, seed: int) -> Iterat
         seed: Of its weights, which nobody looks at.
     """
     own = {
-        key: value for key, value in options.items() if key not in ("tiny", "warm_start", "merge")
+        key: value
+        for key, value in options.items()
+        if key not in ("family", "tiny", "warm_start", "merge")
     }
     with TemporaryDirectory() as folder:
         if not own["path"]:

@@ -24,16 +24,14 @@ class Demonstration:
     domain: str = "default"
 
 
-class Task(ABC):
-    """Records, a prompt template and a verifier. Trainers know no task by name.
+class Bound(ABC):
+    """What every task shares: a name, a vocabulary and the tokenizer of the backbone.
 
-    ``bind`` must be called before prompts are made: rendering needs the tokenizer.
+    ``bind`` must be called before texts are rendered or encoded.
     """
 
     name: str = "task"
     tokenizer: PreTrainedTokenizerBase
-    #: Upper bound of a prompt where there is one; a plan uses it while prompts are not at hand.
-    max_prompt_tokens: int | None = None
 
     def vocabulary(self) -> list[str] | None:
         """Words of a word-level tokenizer for the tiny backbone; None asks for a byte-level one.
@@ -59,6 +57,21 @@ class Task(ABC):
             )
         self.tokenizer = tokenizer
 
+    def embeddings(self, width: int) -> dict[str, Tensor]:
+        """Input-embedding rows ``(width,)`` that words of a tiny backbone start from; {} for none.
+
+        Args:
+            width: Of the backbone.
+        """
+        return {}
+
+
+class Task(Bound):
+    """Records, a prompt template and a verifier. Trainers know no task by name."""
+
+    #: Upper bound of a prompt where there is one; a plan uses it while prompts are not at hand.
+    max_prompt_tokens: int | None = None
+
     @abstractmethod
     def records(self, split: Split) -> Sequence[Any]:
         """All records of a split, in a fixed order; ``predict`` needs no labels."""
@@ -77,14 +90,6 @@ class Task(ABC):
         An empty list means that the task has none, and then there is no warm start.
         """
         return []
-
-    def embeddings(self, width: int) -> dict[str, Tensor]:
-        """Input-embedding rows ``(width,)`` that words of a tiny backbone start from; {} for none.
-
-        Args:
-            width: Of the backbone.
-        """
-        return {}
 
     def render(self, token_ids: Sequence[int]) -> str:
         """Token ids as readable text, special tokens kept."""

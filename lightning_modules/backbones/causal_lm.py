@@ -8,10 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from datamodules.engines.decode import supports_buffered_cache
 from lightning_modules.backbones.export import stream_weights
+from lightning_modules.backbones.loading import add_lora, load_pretrained
 from lightning_modules.backbones.sharding import gathered
 from lightning_modules.backbones.shared_prompts import shared_hidden
 from lightning_modules.ops import LogprobEntropy, TopK, TopP, fuse_lm_head
@@ -229,39 +230,13 @@ def load_causal_lm(
         ValueError: The folder is missing or is no causal LM, or LoRA on a head that shares its
             weight with the embedding.
     """
-    dtype: Any = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    shared = {
-        "trust_remote_code": options.trust_remote_code,
-        "revision": options.revision or "main",
-    }
-    try:
-        if options.random_init:
-            config = AutoConfig.from_pretrained(options.path, **shared)
-            model = AutoModelForCausalLM.from_config(
-                config,
-                dtype=None if dtype == "auto" else dtype,
-                attn_implementation=options.attn_implementation,
-                trust_remote_code=options.trust_remote_code,
-            )
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                options.path, dtype=dtype, attn_implementation=options.attn_implementation, **shared
-            )
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"backbone.path={options.path!r} cannot be loaded as a causal LM: {first}"
-        ) from error
-    if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = load_pretrained(AutoModelForCausalLM, options, "a causal LM")
     if lora is not None:
         model = _add_lora(model, lora)
     return CausalLM(model, kernel).train()  # transformers loads in eval mode
 
 
 def _add_lora(model: Any, lora: LoraOptions) -> Any:
-    from peft import LoraConfig, get_peft_model
-
     targets = lora.target_modules
     names_head = not isinstance(targets, str) and any("lm_head" in name for name in targets)
     if names_head and model.config.get_text_config().tie_word_embeddings:
@@ -269,13 +244,4 @@ def _add_lora(model: Any, lora: LoraOptions) -> Any:
             "lora.target_modules names the head (lm_head), whose weight is the embedding's in this "
             "model; leave it out"
         )
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,  # type: ignore[arg-type]
-            lora_dropout=lora.dropout,  # type: ignore[arg-type]
-            target_modules=targets,
-            task_type="CAUSAL_LM",
-        ),
-    )
+    return add_lora(model, lora, "CAUSAL_LM")

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
     from lightning_modules.backbones.causal_lm import CausalLM
+    from lightning_modules.backbones.encoder import TextEncoder
 
 
-def stream_weights(policy: CausalLM) -> Iterator[tuple[str, Tensor]]:
+def stream_weights(policy: CausalLM | TextEncoder) -> Iterator[tuple[str, Tensor]]:
     """Weights of the Hugging Face model by name, one at a time: gathered, adapters merged.
 
     Under sharding every rank must walk all of it. A tensor that needed neither gathering nor
@@ -64,12 +65,13 @@ def backbone_files(path: str) -> dict[str, str]:
 
 
 def export_hf(
-    policy: CausalLM,
+    policy: CausalLM | TextEncoder,
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     *,
     info: dict[str, Any] | None = None,
     is_writer: bool = True,
+    extras: Callable[[Path], None] | None = None,
 ) -> None:
     """Write weights, configuration and tokenizer; plain ``transformers`` reloads the folder.
 
@@ -79,6 +81,7 @@ def export_hf(
         folder: Replaced as a whole once everything is written.
         info: Written to ``litpost.json``: what the model was trained on.
         is_writer: Whether this rank writes (all ranks must call under sharding).
+        extras: Adds files before the folder is renamed.
     """
     state = {}
     for name, value in stream_weights(policy):  # every rank takes part in gathering
@@ -92,6 +95,8 @@ def export_hf(
     policy.base.save_pretrained(unfinished, state_dict=state)
     tokenizer.save_pretrained(unfinished)
     (unfinished / "litpost.json").write_text(json.dumps(info or {}, indent=1) + "\n")
+    if extras is not None:
+        extras(unfinished)
     if target.exists():
         shutil.rmtree(target)
     os.replace(unfinished, target)

@@ -114,10 +114,28 @@ def _fit(
     longest = max(len(one.prompt_ids) + len(one.completion_ids) for one in examples)
     size = max(2, min(fit.batch_size, fit.max_tokens // longest))
     data = DemonstrationDataModule(task, steps=fit.steps, batch_size=size, seed=seed)
+    fit_tiny(module, data, steps=fit.steps, clip=fit.gradient_clip, seed=seed, callbacks=callbacks)
+    assert module.policy is not None
+    export_hf(module.policy.cpu(), tokenizer, folder, info={"task": task.name})
+
+
+def fit_tiny(
+    module: Any, data: Any, *, steps: int, clip: float, seed: int, callbacks: Sequence[Any]
+) -> None:
+    """Train a warm start with a Trainer of its own, in one process.
+
+    Args:
+        module: What is fitted.
+        data: What to.
+        steps: Optimizer steps.
+        clip: Norm of the gradient at most.
+        seed: Of what is drawn while training.
+        callbacks: Such as a progress bar; [] trains quietly.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         trainer = Trainer(
-            max_steps=fit.steps,
+            max_steps=steps,
             max_epochs=-1,
             accelerator="auto",
             devices=1,
@@ -126,14 +144,12 @@ def _fit(
             enable_model_summary=False,
             callbacks=list(callbacks),
             enable_progress_bar=bool(callbacks),
-            gradient_clip_val=fit.gradient_clip,
+            gradient_clip_val=clip,
             use_distributed_sampler=False,
             barebones=False,
             plugins=_single_process(),
         )
         trainer.fit(module, datamodule=data)
-    assert module.policy is not None
-    export_hf(module.policy.cpu(), tokenizer, folder, info={"task": task.name})
 
 
 def _digest(rows: Mapping[str, Tensor]) -> str:

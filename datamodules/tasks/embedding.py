@@ -1,0 +1,132 @@
+"""What an embedding task is: pairs to train on, sets to retrieve from, sets of scored pairs.
+
+An item is what one vector stands for: a text, or an image with a text (``ImageText``).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from datamodules.tasks.base import Bound, Split
+
+
+@dataclass(frozen=True)
+class ImageText:
+    """An image, with a text or alone.
+
+    Args:
+        key: Equal for equal items, such as the file's path or the scene's number.
+        image: File, PIL image or array ``(H, W, 3)`` uint8.
+        text: Read after the image.
+    """
+
+    key: str
+    image: Any = field(compare=False, repr=False)
+    text: str = ""
+
+
+Item: TypeAlias = "str | ImageText"
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """A query and its positive, with hard negatives where there are any.
+
+    Args:
+        uid: Stable identity.
+        query: What asks.
+        positive: What answers.
+        negatives: What looks like an answer and is none.
+        where: ``file:line``, for messages; "" where nothing was read.
+    """
+
+    uid: str
+    query: Item
+    positive: Item
+    negatives: tuple[Item, ...] = ()
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """Pairs of one data set; batches may be homogeneous by data set.
+
+    Args:
+        name: Of the data set.
+        rows: Its pairs.
+        in_batch: Whether other rows of a batch are negatives. False for labelled data, where two
+            rows of one label would be false negatives (BOOM, arXiv 2602.05787 [code]): such rows
+            need negatives of their own.
+        kind: Type of task: ``retrieval``, ``sts``, ``classification``, ``clustering``.
+        instruction: Said before its queries where the template has ``{instruction}``.
+    """
+
+    name: str
+    rows: Sequence[PairRow]
+    in_batch: bool = True
+    kind: str = "retrieval"
+    instruction: str = ""
+
+
+@dataclass(frozen=True)
+class RetrievalSet:
+    """Queries, a corpus and what answers what.
+
+    Args:
+        name: In metrics: ``val/<name>/ndcg_at_10``.
+        queries: Q items.
+        corpus: C items.
+        relevant: For each query the places of its answers in the corpus; none may be empty.
+        group: Sets of one group are also averaged: ``val/<group>/ndcg_at_10``; "" for no group.
+        instruction: As in ``PairSet``.
+    """
+
+    name: str
+    queries: Sequence[Item]
+    corpus: Sequence[Item]
+    relevant: Sequence[Sequence[int]]
+    group: str = ""
+    instruction: str = ""
+
+
+@dataclass(frozen=True)
+class StsSet:
+    """Pairs of texts with a similarity score each.
+
+    Args:
+        name: In metrics: ``val/<name>/spearman``.
+        first: N items.
+        second: N items.
+        scores: N numbers, in any unit; only their order counts.
+        group: As in ``RetrievalSet``.
+        instruction: As in ``PairSet``; said before both.
+    """
+
+    name: str
+    first: Sequence[Item]
+    second: Sequence[Item]
+    scores: Sequence[float]
+    group: str = ""
+    instruction: str = ""
+
+
+EvalSet: TypeAlias = "RetrievalSet | StsSet"
+
+
+class EmbeddingTask(Bound):
+    """Data sets of pairs and sets to evaluate on. Trainers know no task by name."""
+
+    @abstractmethod
+    def pairs(self, split: Split) -> list[PairSet]:
+        """Data sets of a split, in a fixed order; ``train`` is what is trained on."""
+
+    @abstractmethod
+    def evaluations(self, split: Split) -> list[EvalSet]:
+        """What a split is measured on, in a fixed order."""
+
+    def warm_start_pairs(self) -> list[PairSet]:
+        """Pairs that a tiny backbone is fitted to before anything else; [] for no warm start."""
+        return []

@@ -1,0 +1,131 @@
+"""A Hugging Face encoder (or a decoder read as one) that gives one vector an item."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel
+
+from lightning_modules.backbones.export import stream_weights
+from lightning_modules.backbones.loading import add_lora, load_pretrained
+from lightning_modules.backbones.sharding import gathered
+from lightning_modules.functional.attention_masks import additive, bidirectional_mask
+from lightning_modules.options import BackboneOptions, LoraOptions
+
+Attention = Literal["own", "bidirectional"]
+
+
+class TextEncoder(nn.Module):
+    """Wraps a Hugging Face model without a head, or a PEFT model of one.
+
+    Args:
+        model: Gives ``last_hidden_state``.
+        attention: ``own`` leaves it as the model has it (BERT: everything sees everything; a
+            decoder: causal); ``bidirectional`` lets a decoder's tokens see all others.
+    """
+
+    def __init__(self, model: Any, attention: Attention = "own") -> None:
+        super().__init__()
+        self.model = model
+        self.attention = attention
+
+    @property
+    def base(self) -> Any:
+        """The Hugging Face model itself, adapters or not."""
+        return self.model.get_base_model() if self.has_adapter else self.model
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether PEFT wraps the model."""
+        return hasattr(self.model, "peft_config")
+
+    @property
+    def config(self) -> Any:
+        """Configuration of the Hugging Face model."""
+        return self.base.config
+
+    @property
+    def width(self) -> int:
+        """Dimensions of a vector."""
+        return int(self.config.get_text_config().hidden_size)
+
+    @contextmanager
+    def gathered(self) -> Iterator[bool]:
+        """Inside the block a sharded encoder is whole on every rank, where that fits."""
+        with gathered(self) as is_whole:
+            yield is_whole
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole weights under their Hugging Face names, one at a time; see ``stream_weights``."""
+        return stream_weights(self)
+
+    def forward(self, input_ids: Tensor, mask: Tensor, pool: Tensor) -> Tensor:
+        """Vectors: the mean of the last hidden states of the pooled tokens.
+
+        Args:
+            input_ids: ``(n, L)``, padded on the right.
+            mask: ``(n, L)`` bool, True on tokens.
+            pool: ``(n, L)`` bool, True on at least one token a row.
+
+        Returns:
+            ``(n, d)``, not normalised; float32 or wider.
+        """
+        hidden = self.model(**self.inputs(input_ids, mask)).last_hidden_state
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        weights = pool.to(wide.dtype)
+        return (wide * weights[:, :, None]).sum(1) / weights.sum(1, keepdim=True)
+
+    def inputs(self, input_ids: Tensor, mask: Tensor) -> dict[str, Any]:
+        """Keywords of the forward pass.
+
+        Args:
+            input_ids: ``(n, L)``.
+            mask: ``(n, L)`` bool.
+        """
+        if self.attention == "own":
+            return {"input_ids": input_ids, "attention_mask": mask.long()}
+        return {
+            "input_ids": input_ids,
+            "attention_mask": additive(bidirectional_mask(mask), self.base.dtype),
+            "position_ids": torch.arange(mask.shape[1], device=mask.device)[None],
+            "use_cache": False,
+        }
+
+
+def load_encoder(
+    options: BackboneOptions, lora: LoraOptions | None = None, *, attention: Attention = "own"
+) -> TextEncoder:
+    """Load a folder or hub name without its head, put adapters on it where asked.
+
+    Args:
+        options: Of the backbone.
+        lora: Of the adapters; None trains all parameters.
+        attention: See ``TextEncoder``.
+
+    Raises:
+        ValueError: The folder is missing or has no model that ``AutoModel`` knows.
+    """
+    model = load_pretrained(AutoModel, options, "an encoder", **_without_pooler(options))
+    if lora is not None:
+        model = add_lora(model, lora, "FEATURE_EXTRACTION")
+    return TextEncoder(model, attention).train()  # transformers loads in eval mode
+
+
+def _without_pooler(options: BackboneOptions) -> dict[str, Any]:
+    """What makes BERT and its kin come without a pooling layer: it is of no use here."""
+    try:
+        config = AutoConfig.from_pretrained(
+            options.path,
+            trust_remote_code=options.trust_remote_code,
+            revision=options.revision or "main",
+        )
+        cls: Any = MODEL_MAPPING[type(config)]
+    except (OSError, ValueError, KeyError):
+        return {}  # loading says what is wrong
+    known = inspect.signature(cls).parameters
+    return {"add_pooling_layer": False} if "add_pooling_layer" in known else {}

@@ -1,0 +1,390 @@
+"""EmbeddingModule: vectors of queries and passages, trained by contrast.
+
+    encode   items -> vectors                      (override for other backbones)
+    loss     vectors of queries and passages -> sum and count, with metrics
+    evaluate a set -> nDCG@10, MRR@10, recall, MAP; Spearman of scored pairs
+
+A batch may be far larger than what fits into memory: with ``chunk_size`` its items are encoded
+chunk by chunk with exact gradients (``grad_cache``). Negatives come from all ranks, with gradients
+(``gathering``). Everything else is the house's: one optimizer step a window of micro-batches,
+logging once a step, sharding, adapters, checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datamodules.loader import Rows, gather_objects
+from datamodules.pairs import PairBatch
+from datamodules.tasks.embedding import EvalSet, Item, RetrievalSet
+from datamodules.texts import Encoded, Role, TextEncoding, chunks_of
+from lightning_modules.backbones.encoder import Attention, load_encoder
+from lightning_modules.embedding.gathering import gather_info, gather_with_grad, joined_mean
+from lightning_modules.embedding.grad_cache import cached_step
+from lightning_modules.embedding.sentence_transformers import write_sentence_transformers
+from lightning_modules.evaluation import EvaluatedModule
+from lightning_modules.functional.choices import check_choice
+from lightning_modules.functional.contrastive import (
+    ContrastiveLoss,
+    PairInfo,
+    info_nce,
+    matryoshka_info_nce,
+)
+from lightning_modules.functional.retrieval_metrics import retrieval_metrics, sts_metrics
+from lightning_modules.functional.search import top_k
+from lightning_modules.functional.sums import Metrics, masked_sum_count
+from lightning_modules.functional.uniformity import alignment, uniformity_sums
+
+SEARCHED = 100  # places of a ranking that metrics see
+
+
+class EmbeddingModule(EvaluatedModule):
+    """The family of embedding methods; by itself InfoNCE on pairs.
+
+    Args:
+        temperature: tau of the softmax over similarities.
+        normalize: Cosines instead of dot products.
+        symmetric: Also passages against queries.
+        margin: Drops candidates nearer than the positive minus this, see ``info_nce``; None for
+            none. Candidates that are known positives are dropped in any case.
+        matryoshka_dims: Lengths of slices trained alike, e.g. ``[384, 128, 32]``; None for whole
+            vectors only. Each is also evaluated.
+        matryoshka_weights: Of the slices; None for equal ones.
+        gather: Take other ranks' passages as negatives.
+        attention: ``own`` or ``bidirectional``, see ``TextEncoder``.
+        chunk_size: Items encoded at a time, with exact gradients; None for all at once.
+        cache_budget_mb: MiB of graphs that are kept rather than computed twice. Not under FSDP:
+            ``keep_chunks`` there.
+        keep_chunks: Chunks whose graphs are kept, in place of a budget.
+        **kwargs: Of ``BaseModule``.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.02,
+        normalize: bool = True,
+        symmetric: bool = False,
+        margin: float | None = None,
+        matryoshka_dims: Sequence[int] | None = None,
+        matryoshka_weights: Sequence[float] | None = None,
+        gather: bool = True,
+        attention: Attention = "own",
+        chunk_size: int | None = None,
+        cache_budget_mb: float | None = None,
+        keep_chunks: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        check_choice("model.attention", attention, ("own", "bidirectional"))
+        problems = [
+            f"model.{name}={value} must be {bound}"
+            for name, value, is_right, bound in (
+                ("temperature", temperature, temperature > 0, "above 0"),
+                ("chunk_size", chunk_size, chunk_size is None or chunk_size >= 1, "at least 1"),
+                (
+                    "cache_budget_mb",
+                    cache_budget_mb,
+                    cache_budget_mb is None or cache_budget_mb >= 0,
+                    "at least 0",
+                ),
+                ("keep_chunks", keep_chunks, keep_chunks is None or keep_chunks >= 0, "0 or more"),
+            )
+            if not is_right
+        ]
+        if chunk_size is None and (cache_budget_mb is not None or keep_chunks is not None):
+            problems.append("model.cache_budget_mb and model.keep_chunks need model.chunk_size")
+        if cache_budget_mb is not None and keep_chunks is not None:
+            problems.append("give model.cache_budget_mb or model.keep_chunks, not both")
+        if problems:
+            raise ValueError("; ".join(problems))
+        self.temperature, self.normalize, self.symmetric = temperature, normalize, symmetric
+        self.margin, self.gather, self.attention = margin, gather, attention
+        self.matryoshka_dims = list(matryoshka_dims) if matryoshka_dims else None
+        self.matryoshka_weights = list(matryoshka_weights) if matryoshka_weights else None
+        self.chunk_size = chunk_size
+        self.cache_budget_mb, self.keep_chunks = cache_budget_mb, keep_chunks
+        #: How texts become tokens; the datamodule's, or what ``train.load`` gave.
+        self.encoding: TextEncoding | None = None
+
+    def build(self) -> None:
+        """Load the encoder.
+
+        Raises:
+            ValueError: A slice is longer than the vectors.
+        """
+        self.policy = load_encoder(
+            self.backbone_options, self.lora_options, attention=self.attention
+        )
+        longest = max(self.matryoshka_dims or [1])
+        if longest > self.policy.width:
+            raise ValueError(
+                f"model.matryoshka_dims={self.matryoshka_dims}: this backbone has vectors of "
+                f"{self.policy.width} dimensions"
+            )
+
+    def stage_steps(self, total: int) -> list[int]:
+        """Optimizer steps of each bag: the learning rate starts again with it."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        return getattr(data, "stage_steps", [total]) if len(data.stage_steps) > 1 else [total]
+
+    # ------------------------------------------------------------------ training
+
+    def encode(self, chunk: Any) -> Tensor:
+        """Vectors ``(n, d)`` of a chunk, not normalised.
+
+        Args:
+            chunk: See ``datamodules.texts.Chunk``.
+        """
+        chunk = chunk.to(self.device)
+        vectors: Tensor = self.policy(chunk.input_ids, chunk.mask, chunk.pool)
+        return vectors
+
+    def loss(self, queries: Tensor, passages: Tensor, info: PairInfo, rows: slice) -> Any:
+        """InfoNCE, or its Matryoshka form.
+
+        Args:
+            queries: ``(B, d)`` of all ranks.
+            passages: ``(B, G, d)``, the positive first.
+            info: What is known about the rows.
+            rows: Those of this rank.
+
+        Returns:
+            ``ContrastiveLoss``.
+        """
+        options: dict[str, Any] = {
+            "temperature": self.temperature,
+            "normalize": self.normalize,
+            "symmetric": self.symmetric,
+            "margin": self.margin,
+            "info": info,
+            "rows": rows,
+        }
+        if self.matryoshka_dims is None:
+            return info_nce(queries, passages, **options)
+        return matryoshka_info_nce(
+            queries,
+            passages,
+            dims=self.matryoshka_dims,
+            weights=self.matryoshka_weights,
+            **options,
+        )
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        """Encode all items of the batch, contrast them, return the loss."""
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            # ``optimizer_zero_grad`` would come after, and lose what chunks have left behind
+            for parameter in self.parameters():
+                parameter.grad = None
+        encoding: Any = self.encoding or self.trainer.datamodule.encoding  # type: ignore[attr-defined]
+        items = [*batch.queries, *batch.passages]
+        chunks, places = chunks_of(items, self.chunk_size, encoding.pad_id)
+
+        def loss(vectors: list[Tensor]) -> Tensor:
+            return self.contrast(torch.cat(vectors)[places], batch)
+
+        if self.chunk_size is None or len(chunks) == 1:
+            return loss([self.encode(chunk) for chunk in chunks])
+        step = cached_step(
+            self.encode,
+            chunks,
+            loss,
+            lambda x: (x / self.trainer.accumulate_grad_batches).backward(),
+            keep=self.keep_chunks,
+            cache_budget_mb=self.cache_budget_mb,
+            defer_last=True,
+        )
+        self.record(
+            {
+                "train/chunks_kept": (float(step.kept), 1.0),
+                "train/chunks_recomputed": (float(step.recomputed), 1.0),
+            }
+        )
+        return step.loss
+
+    def optimizer_zero_grad(self, *_: Any, **__: Any) -> None:
+        """Nothing: the window's first ``training_step`` clears the gradients."""
+
+    def contrast(self, vectors: Tensor, batch: PairBatch) -> Tensor:
+        """Loss of the vectors of a batch, queries first, then passages; records its metrics.
+
+        Args:
+            vectors: ``(B + B G, d)``.
+            batch: What they stand for.
+        """
+        size, group = batch.text_ids.shape
+        queries, passages = vectors[:size], vectors[size:].unflatten(0, (size, group))
+        info = PairInfo(
+            in_batch=batch.in_batch,
+            counted=batch.counted,
+            passage_mask=batch.passage_mask,
+            text_ids=batch.text_ids,
+            query_ids=batch.query_ids,
+            known_positives=batch.known_positives,
+        )
+        rows = slice(0, size)
+        own_queries, own_passages = queries.detach(), passages[:, 0].detach()
+        if self.gather:
+            (queries, passages), rows = gather_with_grad(queries, passages)
+            info = gather_info(info)
+        found: ContrastiveLoss = self.loss(queries, passages, info, rows)
+        self.record({f"train/{name}": value for name, value in found.metrics.items()})
+        self.record({f"train/loss/{batch.domain}": found.metrics["loss"]})
+        counted = batch.counted
+        self.record(
+            {
+                "train/alignment": masked_sum_count(alignment(own_queries, own_passages), counted),
+                "train/items": (float(len(vectors)), 1.0),
+            }
+        )
+        if self.gather:
+            return joined_mean(found.loss_sum, found.num_rows)
+        return found.loss_sum / max(found.num_rows, 1)
+
+    # ------------------------------------------------------------------ evaluation
+
+    def embed(
+        self,
+        items: Sequence[Item],
+        role: Role = "passage",
+        *,
+        instruction: str = "",
+        batch_size: int = 64,
+    ) -> Tensor:
+        """Vectors of items in their order, normalised where training normalises.
+
+        Args:
+            items: Texts (or images, where the backbone reads them).
+            role: Which template: ``query`` or ``passage``.
+            instruction: Of the template.
+            batch_size: Items a forward pass.
+
+        Returns:
+            ``(N, d)`` float32 on the CPU.
+
+        Example:
+            >>> module.embed(["a dog", "a cat"]).shape  # doctest: +SKIP
+            torch.Size([2, 64])
+        """
+        encoding: Any = self.encoding or self.trainer.datamodule.encoding  # type: ignore[attr-defined]
+        encoded = encoding.encode(items, role, instruction)
+        return self.vectors(encoded, batch_size, encoding.pad_id)
+
+    @torch.no_grad()
+    def vectors(self, items: Sequence[Encoded], batch_size: int, pad_id: int) -> Tensor:
+        """Vectors ``(N, d)`` of encoded items, in their order, on the CPU.
+
+        Args:
+            items: May be empty.
+            batch_size: Items a forward pass.
+            pad_id: What fills up.
+        """
+        if not items:
+            return torch.zeros(0, self.policy.width)
+        was_training = self.policy.training
+        self.policy.eval()
+        try:
+            chunks, places = chunks_of(items, batch_size, pad_id)
+            found = torch.cat([self.encode(chunk).float().cpu() for chunk in chunks])[places]
+        finally:
+            self.policy.train(was_training)
+        return F.normalize(found, dim=-1) if self.normalize else found
+
+    def evaluate(self, batch: Rows, split: str) -> Mapping[str, Metrics]:
+        """Metrics of evaluation sets; all ranks share the encoding of each.
+
+        Args:
+            batch: Evaluation sets.
+            split: ``val`` or ``test``.
+        """
+        found: dict[str, Metrics] = {}
+        for one, is_counted in zip(batch.items, batch.counted, strict=True):
+            if not is_counted:
+                continue
+            values = self.measure(one)
+            for arm in dict.fromkeys(["", one.group, one.name] if one.group else ["", one.name]):
+                known = found.setdefault(arm, {})
+                for name, value in values.items():
+                    total, count = known.get(name, (0.0, 0.0))
+                    known[name] = (total + value, count + 1.0)
+        return found
+
+    def measure(self, one: EvalSet) -> dict[str, float]:
+        """Metrics of one evaluation set, equal on every rank.
+
+        Args:
+            one: A ``RetrievalSet`` or ``StsSet``.
+        """
+        if isinstance(one, RetrievalSet):
+            queries = self.shared_vectors(one.queries, "query", one.instruction)
+            corpus = self.shared_vectors(one.corpus, "passage", one.instruction)
+            values = self._retrieval(queries, corpus, one.relevant)
+            for dim in self._shorter():
+                short = self._retrieval(queries[:, :dim], corpus[:, :dim], one.relevant)
+                values |= {f"{name}_dim_{dim}": value for name, value in short.items()}
+            best = torch.tensor([places[0] for places in one.relevant])
+            values["alignment"] = float(alignment(queries, corpus[best]).mean())
+            total, count = uniformity_sums(corpus)
+            values["uniformity"] = float((total / count).log())
+            return values
+        first = self.shared_vectors(one.first, "query", one.instruction)
+        second = self.shared_vectors(one.second, "query", one.instruction)
+        scores = torch.tensor(list(one.scores), dtype=torch.float32)
+        values = sts_metrics(first, second, scores)
+        for dim in self._shorter():
+            short = sts_metrics(first[:, :dim], second[:, :dim], scores)
+            values |= {f"{name}_dim_{dim}": value for name, value in short.items()}
+        return values
+
+    def _retrieval(
+        self, queries: Tensor, corpus: Tensor, relevant: Sequence[Sequence[int]]
+    ) -> dict[str, float]:
+        scores, places = top_k(queries, corpus, SEARCHED, normalize=self.normalize)
+        return retrieval_metrics(scores, places, relevant)
+
+    def _shorter(self) -> list[int]:
+        return [dim for dim in self.matryoshka_dims or [] if dim < self.policy.width]
+
+    def shared_vectors(self, items: Sequence[Item], role: Role, instruction: str) -> Tensor:
+        """Vectors ``(N, d)`` of items, of which every rank encodes a part.
+
+        Args:
+            items: Equal on every rank.
+            role: Which template.
+            instruction: Of the template.
+        """
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        encoding = self.encoding or data.encoding
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        encoded = encoding.encode(items, role, instruction)
+        share = -(-len(encoded) // world)  # equal on every rank: sharded forward passes wait
+        mine = [encoded[place % len(encoded)] for place in range(rank, share * world, world)]
+        parts = gather_objects(self.vectors(mine, data.eval_batch_size, encoding.pad_id))
+        whole = torch.stack(parts, dim=1).flatten(0, 1) if world > 1 else parts[0]
+        return whole[: len(encoded)]
+
+    def after_load(self, data: Any) -> None:
+        """Take the encoding, so that ``embed`` works without a trainer.
+
+        Args:
+            data: The datamodule, bound to the tokenizer.
+        """
+        self.encoding = data.encoding
+
+    # ------------------------------------------------------------------ export
+
+    def write_extras(self, folder: Path) -> None:
+        """What makes the folder one of sentence-transformers, too."""
+        encoding: Any = self.encoding or self.trainer.datamodule.encoding  # type: ignore[attr-defined]
+        write_sentence_transformers(
+            folder, encoding, width=self.policy.width, normalize=self.normalize
+        )
