@@ -9,7 +9,8 @@ A datamodule whose plan has stages (``data.schedule.bags``) trains one model a s
 
 All bags start from the same weights and are trained by the same schedule [summary of the paper]. A
 killed run goes on in its bag: exports of earlier bags are on disk, and a merge is made anew from
-them. Sharded weights are gathered a tensor at a time; adapters are folded before they are merged,
+them. A run that ends early merges what was trained, the open bag included; one model is its own
+merge. Sharded weights are gathered a tensor at a time; adapters are folded before they are merged,
 since a mean of products is not the product of means [code].
 """
 
@@ -25,6 +26,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_modules.functional.choices import check_choice
 from lightning_modules.functional.merge_figures import MergeReport
 from lightning_modules.functional.merging import METHODS, argument_problems
 from lightning_modules.functional.states import (
@@ -33,6 +35,7 @@ from lightning_modules.functional.states import (
     read_tensors,
     write_tensors,
 )
+from run_tools.merge_sources import check_alike, open_source
 from run_tools.merged import merge_folders, read_report
 
 KEY = "callbacks.model_merging"
@@ -44,8 +47,8 @@ class ModelMerging(Callback):
     Args:
         folder: Where exports of the bags, the start and the merge go.
         method: A name of ``functional.merging.METHODS``; BOOM's is ``multislerp``.
-        weights: ``equal``, ``size`` (in proportion to a bag's batches), or a number for each bag
-            and then for each of ``include``.
+        weights: ``equal``, ``size`` (in proportion to the batches that a bag was trained on), or a
+            number for each bag and then for each of ``include``.
         use_base: Merge differences from the start instead of weights; task arithmetic, TIES and
             DARE always do.
         options: Of the method, such as ``density``, and ``one_d``.
@@ -85,6 +88,12 @@ class ModelMerging(Callback):
 
     # ------------------------------------------------------------------ in training
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stand in front of callbacks that export or save the weights when training ends."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.remove(self)
+        callbacks.insert(0, self)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the merge before anything is trained; keep the weights of the start.
 
@@ -94,26 +103,20 @@ class ModelMerging(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         steps = list(getattr(data, "stage_steps", [trainer.max_steps]))
         self._ends = list(accumulate(steps))
-        problems = argument_problems(
-            self.method,
-            len(steps) + len(self.include),
-            weights=self._shares(steps),
-            has_base=True,
-            options=self.options,
-            key=f"{KEY}.",
-        )
-        missing = [one for one in self.include if not Path(one).is_dir()]
-        problems += [f"{KEY}.include: {one} is no folder; give a run's export/" for one in missing]
-        if problems:
+        if problems := self._problems(trainer, steps):
             raise ValueError("; ".join(problems))
         start = self.folder / "start.safetensors"
         if trainer.global_step == 0:
             write_tensors(start, _trainable(pl_module).items(), is_writer=trainer.is_global_zero)
-            if self._needs_base():
+            if self._needs_base() or self.include:
                 self._export(trainer, pl_module, "start")
         elif not start.is_file():
             raise ValueError(f"{start} is gone: the bags to come could not start from it")
         trainer.strategy.barrier()
+        if self.include:
+            check_alike(
+                [open_source(one) for one in [self.folder / "start", *map(Path, self.include)]]
+            )
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -130,7 +133,7 @@ class ModelMerging(Callback):
     ) -> None:
         """Last optimizer step of a stage: export its model."""
         is_last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if is_last and trainer.global_step in self._ends and not self._is_alone():
+        if is_last and trainer.global_step in self._ends and not self._is_alone(len(self._ends)):
             self._export(trainer, pl_module, str(self._ends.index(trainer.global_step)))
 
     def _export(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
@@ -143,16 +146,15 @@ class ModelMerging(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge what is there, and let the module be the merge."""
-        if self._is_alone():
+        steps = self._trained(trainer.global_step)
+        if self._is_alone(len(steps)):
             return
-        done = [n for n, end in enumerate(self._ends) if end <= trainer.global_step]
-        if len(done) < len(self._ends):  # cut short by max_steps: the open bag counts, too
-            done.append(len(done))
-            self._export(trainer, pl_module, str(done[-1]))
+        if trainer.global_step not in self._ends:  # cut short: the open bag counts, too
+            self._export(trainer, pl_module, str(len(steps) - 1))
         merged = self.folder / "merged"
         trainer.strategy.barrier()
         if trainer.is_global_zero:
-            self._merge(trainer, done, merged)
+            self._merge(steps, merged)
         trainer.strategy.barrier()
         module: Any = pl_module
         load_dense(module.policy.base, folder_tensors(merged))
@@ -164,13 +166,17 @@ class ModelMerging(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
 
-    def _merge(self, trainer: Trainer, done: list[int], merged: Path) -> None:
+    def _trained(self, global_step: int) -> list[int]:
+        """Optimizer steps of each stage so far; stages that have not begun are left out."""
+        starts = [0, *self._ends[:-1]]
+        both = zip(starts, self._ends, strict=True)
+        return [min(global_step, end) - start for start, end in both if start < global_step]
+
+    def _merge(self, steps: list[int], merged: Path) -> None:
         shutil.rmtree(merged, ignore_errors=True)
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        steps = [data.stage_steps[number] for number in done]
         start = self.folder / "start"
         merge_folders(
-            [*(self.folder / str(number) for number in done), *self.include],
+            [*(self.folder / str(number) for number in range(len(steps))), *self.include],
             merged,
             self.method,
             self._shares(steps),
@@ -179,9 +185,32 @@ class ModelMerging(Callback):
             reference=start if start.is_dir() else None,
         )
 
-    def _is_alone(self) -> bool:
+    def _problems(self, trainer: Trainer, steps: list[int]) -> list[str]:
+        problems = [
+            f"{KEY}.include: {one} is no folder; give a run's export/"
+            for one in self.include
+            if not Path(one).is_dir()
+        ]
+        if len(steps) > 1 and trainer.max_epochs != 1 and not 0 < trainer.max_steps <= sum(steps):
+            problems.append(
+                f"trainer.max_epochs={trainer.max_epochs} must be 1 with data.schedule.bags: each "
+                f"bag is trained once; for more passes give data.schedule.epochs"
+            )
+        if self._is_alone(len(steps)):
+            check_choice(f"{KEY}.method", self.method, tuple(METHODS))
+            return problems
+        return problems + argument_problems(
+            self.method,
+            len(steps) + len(self.include),
+            weights=self._shares(steps),
+            has_base=True,
+            options=self.options,
+            key=f"{KEY}.",
+        )
+
+    def _is_alone(self, count: int) -> bool:
         """One model is its own merge, where it is not a matter of differences."""
-        return len(self._ends) + len(self.include) == 1 and not self._needs_base()
+        return count + len(self.include) < 2 and not self._needs_base()
 
     def _needs_base(self) -> bool:
         return self.use_base or (self.method in METHODS and METHODS[self.method].needs_base)
@@ -191,7 +220,9 @@ class ModelMerging(Callback):
             return None
         if self.weights == "size":
             return [float(count) for count in steps]
-        return [float(weight) for weight in self.weights]
+        given = [float(weight) for weight in self.weights]
+        left_out = len(self._ends) - len(steps)  # bags that a run which ends early has not begun
+        return [*given[: len(steps)], *given[len(steps) + left_out :]]
 
     @staticmethod
     def _validated(trainer: Trainer, module: Any) -> dict[str, float]:

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from datamodules.loader import Loader, RowSource, Source, check_window
 from datamodules.pair_schedule import Plan, Schedule
-from datamodules.schedules import locate, share
+from datamodules.schedules import Batch, locate, share
 from datamodules.sources import nearest, stable_hash
 from datamodules.tasks.embedding import EmbeddingTask, EvalSet, Item, PairRow, PairSet
 from datamodules.texts import Encoded, Role, TextEncoding
@@ -258,14 +258,17 @@ class PairSource(Source):
 
     Args:
         data: Its datamodule.
+        batches: In place of the plan's.
     """
 
-    def __init__(self, data: PairDataModule) -> None:
+    def __init__(self, data: PairDataModule, batches: Sequence[Batch] | None = None) -> None:
         self.data, self.window = data, data.window
         self.sets = data.training_sets()
         rank, world = data.ranks
-        self.batches = share(data.plan.batches, rank, world)
-        self._positives = [_known_positives(each.rows) for each in self.sets]
+        self.batches = share(data.plan.batches if batches is None else batches, rank, world)
+        self._positives = (
+            [_known_positives(each.rows) for each in self.sets] if self.batches else []
+        )
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -275,13 +278,19 @@ class PairSource(Source):
         batch = self.batches[index]
         places = locate(batch, [len(each.rows) for each in self.sets])
         chosen = [(self.sets[i], self.sets[i].rows[row], self._positives[i]) for i, row in places]
-        return self._collate(chosen, batch.num_counted)
+        return self.collate(chosen, batch.num_counted)
 
-    def _collate(
+    def collate(
         self,
-        rows: Sequence[tuple[PairSet, PairRow, Mapping[int, list[int]]]],
+        rows: Sequence[tuple[PairSet, PairRow, Mapping[int, list[int]] | None]],
         num_counted: int,
     ) -> PairBatch:
+        """Encode rows.
+
+        Args:
+            rows: Data set, row, and the known positives of the set's queries (None: its own).
+            num_counted: The first so many count.
+        """
         most = self.data.num_negatives
         width = 1 + min(most, max(len(row.negatives) for _, row, _ in rows)) if most else 1
         if self.data.ranks[1] > 1:
@@ -305,7 +314,7 @@ class PairSource(Source):
             ids.append([text_id(item) for item in group] + [UNKNOWN] * missing)
             mask.append([True] * len(group) + [False] * missing)
             query_ids.append(text_id(row.query))
-            known.append(positives[query_ids[-1]])
+            known.append(ids[-1][:1] if positives is None else positives[query_ids[-1]])
         most_known = max(len(each) for each in known)
         names = {pairs.name for pairs, _, _ in rows}
         return PairBatch(

@@ -113,7 +113,39 @@ class StsSet:
     instruction: str = ""
 
 
-EvalSet: TypeAlias = "RetrievalSet | StsSet"
+@dataclass(frozen=True)
+class Bridge:
+    """Two blocks that a bridge token connects: the second is to be rebuilt from the first.
+
+    Args:
+        uid: Stable identity.
+        source: Block A, read as it is.
+        target: Block B, a text that is masked.
+        where: ``file:line``, for messages.
+    """
+
+    uid: str
+    source: Item
+    target: str
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class BridgeSet:
+    """Rows on which reconstruction is measured.
+
+    Args:
+        name: In metrics: ``val/<name>/loss``.
+        rows: At least two, so that a bridge can be exchanged for another's.
+        group: As in ``RetrievalSet``.
+    """
+
+    name: str
+    rows: Sequence[Bridge]
+    group: str = ""
+
+
+EvalSet: TypeAlias = "RetrievalSet | StsSet | BridgeSet"
 
 
 class EmbeddingTask(Bound):
@@ -130,3 +162,15 @@ class EmbeddingTask(Bound):
     def warm_start_pairs(self) -> list[PairSet]:
         """Pairs that a tiny backbone is fitted to before anything else; [] for no warm start."""
         return []
+
+
+class ImageTextTask(EmbeddingTask):
+    """Images and texts that go together, also as material for reconstruction."""
+
+    @abstractmethod
+    def captions(self, split: Split) -> Sequence[ImageText]:
+        """Images with their captions as one item each: both are masked and rebuilt."""
+
+    @abstractmethod
+    def bridges(self, split: Split) -> Sequence[Bridge]:
+        """Blocks to be rebuilt from each other."""

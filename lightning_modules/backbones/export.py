@@ -8,24 +8,20 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-if TYPE_CHECKING:
-    from lightning_modules.backbones.causal_lm import CausalLM
-    from lightning_modules.backbones.encoder import TextEncoder
 
-
-def stream_weights(policy: CausalLM | TextEncoder) -> Iterator[tuple[str, Tensor]]:
+def stream_weights(policy: Any) -> Iterator[tuple[str, Tensor]]:
     """Weights of the Hugging Face model by name, one at a time: gathered, adapters merged.
 
     Under sharding every rank must walk all of it. A tensor that needed neither gathering nor
     merging is the live one, so copy what you keep.
 
     Args:
-        policy: Whose weights.
+        policy: A ``CausalLM``, ``TextEncoder`` or whatever else has ``base``.
 
     Example:
         >>> dict(stream_weights(policy))["lm_head.weight"].shape  # doctest: +SKIP
@@ -65,7 +61,7 @@ def backbone_files(path: str) -> dict[str, str]:
 
 
 def export_hf(
-    policy: CausalLM | TextEncoder,
+    policy: Any,
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     *,

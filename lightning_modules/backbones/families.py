@@ -14,6 +14,7 @@ from lightning_modules.backbones.tiny_encoder import (
     TinyEncoderOptions,
     prepare_tiny_encoder,
 )
+from lightning_modules.backbones.tiny_vl import NoWarmStart, TinyVLOptions, prepare_tiny_vl
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "causal_lm": Family(TinyOptions, WarmStartOptions, prepare_tiny),
     "encoder": Family(TinyEncoderOptions, PairWarmStartOptions, prepare_tiny_encoder),
+    "vision_language": Family(TinyVLOptions, NoWarmStart, prepare_tiny_vl),
 }
 
 

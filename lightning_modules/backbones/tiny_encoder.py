@@ -48,6 +48,7 @@ class PairWarmStartOptions:
 
     Args:
         epochs: Passes over the task's warm-start pairs; 0 switches it off.
+        steps: Optimizer steps at most; None for those of all passes, 0 switches it off.
         batch_size: Pairs a step.
         temperature: tau.
         gradient_clip: Norm of the gradient at most.
@@ -55,6 +56,7 @@ class PairWarmStartOptions:
     """
 
     epochs: int = 1
+    steps: int | None = None
     batch_size: int = 32
     temperature: float = 0.05
     gradient_clip: float = 1.0
@@ -142,7 +144,7 @@ def prepare_tiny_encoder(
     if warm_start is not None:
         fit = read_options(PairWarmStartOptions, warm_start, "backbone.warm_start")
     words = task.vocabulary()
-    is_fitted = fit is not None and fit.epochs > 0
+    is_fitted = fit is not None and fit.epochs > 0 and fit.steps != 0
     material = {
         "format": 1,
         "vocabulary": words,
@@ -183,5 +185,6 @@ def _fit(
         progress={"loss": "train/loss"},
     )
     steps = sum(data.stage_steps)
+    steps = steps if fit.steps is None else min(steps, fit.steps)
     fit_tiny(module, data, steps=steps, clip=fit.gradient_clip, seed=seed, callbacks=callbacks)
     export_hf(module.policy.cpu(), tokenizer, folder, info={"task": task.name})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
+from datamodules.prepared import prepare
 from lightning_modules.backbones.tiny import EOS, PAD, UNK, word_tokenizer
+from lightning_modules.options import read_options
 
 MASK = "<mask>"
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")  # as Qwen's
@@ -106,6 +108,43 @@ def build_tiny_vl(
     )
     for part in (model, tokenizer, processor):
         part.save_pretrained(folder)  # type: ignore[attr-defined]
+
+
+@dataclass
+class NoWarmStart:
+    """A tiny vision-language model starts from random weights."""
+
+
+def prepare_tiny_vl(
+    task: Any,
+    *,
+    tiny: Mapping[str, Any] | TinyVLOptions | None,
+    warm_start: Any,
+    task_settings: Any,
+    seed: int,
+    cache_dir: str | Path,
+    callbacks: Sequence[Any] = (),
+) -> Path:
+    """Folder of a random tiny Qwen2.5-VL for ``task``, made at most once.
+
+    Args:
+        task: Gives the vocabulary.
+        tiny: Shape of the model.
+        warm_start: Not used.
+        task_settings: Not used: the weights do not depend on the data.
+        seed: Of the weights.
+        cache_dir: Where prepared folders live.
+        callbacks: Not used.
+    """
+    shape = read_options(TinyVLOptions, tiny, "backbone.tiny")
+    words = task.vocabulary()
+    if words is None:
+        raise ValueError(
+            f"backbone=tiny_vl needs a task with a vocabulary, and {task.name!r} has none: give "
+            f"backbone=hf backbone.path=<a Qwen-VL folder>"
+        )
+    material = {"format": 1, "vocabulary": words, "tiny_vl": asdict(shape), "seed": seed}
+    return prepare(cache_dir, "vl", material, lambda at: build_tiny_vl(at, words, shape, seed))
 
 
 def _text_config(options: TinyVLOptions) -> dict[str, Any]:

@@ -18,55 +18,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil
+
+from datamodules.images import EncodedImages, ImageSource
+from datamodules.images import encode_images as cut_images
+from datamodules.images import read_image as read_image
 
 MODELS = {
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
 }
-MAX_ASPECT = 200  # of the image processor
 IMAGE = 1  # token type; 0 is text
-
-ImageSource = str | Path | Image.Image | NDArray[np.uint8]
-
-
-class EncodedImages(NamedTuple):
-    """Images as the model reads them.
-
-    Args:
-        pixel_values: ``(P, C)`` all patches, image by image; C = 3 x time x patch side squared.
-            The patches of one image token (merge side squared) are next to each other.
-        image_grid_thw: ``(N, 3)`` patches of each image in time, height and width.
-    """
-
-    pixel_values: Tensor
-    image_grid_thw: Tensor
-
-    def num_tokens(self, merge_size: int) -> list[int]:
-        """Image tokens of each image.
-
-        Args:
-            merge_size: Patches of an image token's side.
-        """
-        return [int(size) // merge_size**2 for size in self.image_grid_thw.prod(dim=1)]
-
-    def pick(self, places: Sequence[int]) -> EncodedImages:
-        """Some of the images, in this order.
-
-        Args:
-            places: Their numbers; at least one.
-        """
-        patches = self.pixel_values.split(self.image_grid_thw.prod(dim=1).tolist())
-        chosen = torch.cat([patches[place] for place in places])
-        return EncodedImages(chosen, self.image_grid_thw[list(places)])
 
 
 @dataclass
@@ -165,73 +132,14 @@ def load_vl(
     return VisionLanguage(model.train(), tokenizer, processor, mask_id)  # loaded in eval mode
 
 
-def read_image(source: ImageSource, label: str = "image") -> NDArray[np.uint8]:
-    """An image as an array, turned as its EXIF data say; transparency is dropped.
-
-    Args:
-        source: File, PIL image or array ``(H, W, 3)`` uint8.
-        label: Name for messages; a file is named by its path.
-
-    Returns:
-        ``(H, W, 3)`` uint8, RGB.
-
-    Raises:
-        ValueError: The file is missing or does not decode, or the array has another shape or type
-            (names it).
-    """
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
-            raise ValueError(
-                f"{label} must be (H, W, 3) uint8, got {source.shape} {source.dtype.name}"
-            )
-        return source
-    try:
-        if isinstance(source, Image.Image):
-            return np.asarray(_upright(source))
-        label = str(source)
-        with Image.open(source) as image:
-            return np.asarray(_upright(image))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{label} does not decode: no image format that Pillow knows") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{label} does not decode: {error}") from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image).convert("RGB")
-
-
 def encode_images(vl: VisionLanguage, images: Sequence[ImageSource]) -> EncodedImages:
-    """Resize, normalise and cut images into patches.
+    """Resize, normalise and cut images into patches; see ``datamodules.images.encode_images``.
 
     Args:
         vl: What will read them.
         images: At least one, in the order in which their tokens will stand in the batch.
-
-    Returns:
-        On the CPU.
-
-    Raises:
-        ValueError: There is none, one does not decode, has a side shorter than an image token, or
-            is too long and narrow (names it).
     """
-    if not images:
-        raise ValueError("no images to encode")
-    processor = vl.image_processor
-    least = processor.patch_size * processor.merge_size
-    arrays = []
-    for number, source in enumerate(images):
-        label = str(source) if isinstance(source, str | Path) else f"image {number}"
-        array = read_image(source, label)
-        height, width = array.shape[:2]
-        size = f"{label} is {width} x {height} pixels"
-        if min(height, width) < least:
-            raise ValueError(f"{size}; each side needs at least {least}, one image token")
-        if max(height, width) > MAX_ASPECT * min(height, width):
-            raise ValueError(f"{size}; one side may be at most {MAX_ASPECT} times the other")
-        arrays.append(array)
-    made = processor(images=arrays, return_tensors="pt", input_data_format="channels_last")
-    return EncodedImages(made["pixel_values"], made["image_grid_thw"])
+    return cut_images(vl.image_processor, images)
 
 
 def vl_inputs(

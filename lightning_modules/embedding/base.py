@@ -12,23 +12,20 @@ logging once a step, sharding, adapters, checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from datamodules.loader import Rows, gather_objects
 from datamodules.pairs import PairBatch
-from datamodules.tasks.embedding import EvalSet, Item, RetrievalSet
-from datamodules.texts import Encoded, Role, TextEncoding, chunks_of
+from datamodules.texts import chunks_of
 from lightning_modules.backbones.encoder import Attention, load_encoder
 from lightning_modules.embedding.gathering import gather_info, gather_with_grad, joined_mean
 from lightning_modules.embedding.grad_cache import cached_step
 from lightning_modules.embedding.sentence_transformers import write_sentence_transformers
-from lightning_modules.evaluation import EvaluatedModule
+from lightning_modules.embedding.vectors import VectorModule
 from lightning_modules.functional.choices import check_choice
 from lightning_modules.functional.contrastive import (
     ContrastiveLoss,
@@ -36,15 +33,13 @@ from lightning_modules.functional.contrastive import (
     info_nce,
     matryoshka_info_nce,
 )
-from lightning_modules.functional.retrieval_metrics import retrieval_metrics, sts_metrics
-from lightning_modules.functional.search import top_k
-from lightning_modules.functional.sums import Metrics, masked_sum_count
-from lightning_modules.functional.uniformity import alignment, uniformity_sums
+from lightning_modules.functional.sums import masked_sum_count
+from lightning_modules.functional.uniformity import alignment
 
 SEARCHED = 100  # places of a ranking that metrics see
 
 
-class EmbeddingModule(EvaluatedModule):
+class EmbeddingModule(VectorModule):
     """The family of embedding methods; by itself InfoNCE on pairs.
 
     Args:
@@ -84,7 +79,7 @@ class EmbeddingModule(EvaluatedModule):
         keep_chunks: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(normalize=normalize, matryoshka_dims=matryoshka_dims, **kwargs)
         check_choice("model.attention", attention, ("own", "bidirectional"))
         problems = [
             f"model.{name}={value} must be {bound}"
@@ -107,14 +102,11 @@ class EmbeddingModule(EvaluatedModule):
             problems.append("give model.cache_budget_mb or model.keep_chunks, not both")
         if problems:
             raise ValueError("; ".join(problems))
-        self.temperature, self.normalize, self.symmetric = temperature, normalize, symmetric
+        self.temperature, self.symmetric = temperature, symmetric
         self.margin, self.gather, self.attention = margin, gather, attention
-        self.matryoshka_dims = list(matryoshka_dims) if matryoshka_dims else None
         self.matryoshka_weights = list(matryoshka_weights) if matryoshka_weights else None
         self.chunk_size = chunk_size
         self.cache_budget_mb, self.keep_chunks = cache_budget_mb, keep_chunks
-        #: How texts become tokens; the datamodule's, or what ``train.load`` gave.
-        self.encoding: TextEncoding | None = None
 
     def build(self) -> None:
         """Load the encoder.
@@ -181,13 +173,9 @@ class EmbeddingModule(EvaluatedModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Encode all items of the batch, contrast them, return the loss."""
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            # ``optimizer_zero_grad`` would come after, and lose what chunks have left behind
-            for parameter in self.parameters():
-                parameter.grad = None
-        encoding: Any = self.encoding or self.trainer.datamodule.encoding  # type: ignore[attr-defined]
+        self.clear_gradients(batch_idx)
         items = [*batch.queries, *batch.passages]
-        chunks, places = chunks_of(items, self.chunk_size, encoding.pad_id)
+        chunks, places = chunks_of(items, self.chunk_size, self.texts.pad_id)
 
         def loss(vectors: list[Tensor]) -> Tensor:
             return self.contrast(torch.cat(vectors)[places], batch)
@@ -210,6 +198,16 @@ class EmbeddingModule(EvaluatedModule):
             }
         )
         return step.loss
+
+    def clear_gradients(self, batch_idx: int) -> None:
+        """First thing in a window: ``optimizer_zero_grad`` would come after the chunks' backwards.
+
+        Args:
+            batch_idx: Of the micro-batch.
+        """
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            for parameter in self.parameters():
+                parameter.grad = None
 
     def optimizer_zero_grad(self, *_: Any, **__: Any) -> None:
         """Nothing: the window's first ``training_step`` clears the gradients."""
@@ -250,141 +248,10 @@ class EmbeddingModule(EvaluatedModule):
             return joined_mean(found.loss_sum, found.num_rows)
         return found.loss_sum / max(found.num_rows, 1)
 
-    # ------------------------------------------------------------------ evaluation
-
-    def embed(
-        self,
-        items: Sequence[Item],
-        role: Role = "passage",
-        *,
-        instruction: str = "",
-        batch_size: int = 64,
-    ) -> Tensor:
-        """Vectors of items in their order, normalised where training normalises.
-
-        Args:
-            items: Texts (or images, where the backbone reads them).
-            role: Which template: ``query`` or ``passage``.
-            instruction: Of the template.
-            batch_size: Items a forward pass.
-
-        Returns:
-            ``(N, d)`` float32 on the CPU.
-
-        Example:
-            >>> module.embed(["a dog", "a cat"]).shape  # doctest: +SKIP
-            torch.Size([2, 64])
-        """
-        encoding: Any = self.encoding or self.trainer.datamodule.encoding  # type: ignore[attr-defined]
-        encoded = encoding.encode(items, role, instruction)
-        return self.vectors(encoded, batch_size, encoding.pad_id)
-
-    @torch.no_grad()
-    def vectors(self, items: Sequence[Encoded], batch_size: int, pad_id: int) -> Tensor:
-        """Vectors ``(N, d)`` of encoded items, in their order, on the CPU.
-
-        Args:
-            items: May be empty.
-            batch_size: Items a forward pass.
-            pad_id: What fills up.
-        """
-        if not items:
-            return torch.zeros(0, self.policy.width)
-        was_training = self.policy.training
-        self.policy.eval()
-        try:
-            chunks, places = chunks_of(items, batch_size, pad_id)
-            found = torch.cat([self.encode(chunk).float().cpu() for chunk in chunks])[places]
-        finally:
-            self.policy.train(was_training)
-        return F.normalize(found, dim=-1) if self.normalize else found
-
-    def evaluate(self, batch: Rows, split: str) -> Mapping[str, Metrics]:
-        """Metrics of evaluation sets; all ranks share the encoding of each.
-
-        Args:
-            batch: Evaluation sets.
-            split: ``val`` or ``test``.
-        """
-        found: dict[str, Metrics] = {}
-        for one, is_counted in zip(batch.items, batch.counted, strict=True):
-            if not is_counted:
-                continue
-            values = self.measure(one)
-            for arm in dict.fromkeys(["", one.group, one.name] if one.group else ["", one.name]):
-                known = found.setdefault(arm, {})
-                for name, value in values.items():
-                    total, count = known.get(name, (0.0, 0.0))
-                    known[name] = (total + value, count + 1.0)
-        return found
-
-    def measure(self, one: EvalSet) -> dict[str, float]:
-        """Metrics of one evaluation set, equal on every rank.
-
-        Args:
-            one: A ``RetrievalSet`` or ``StsSet``.
-        """
-        if isinstance(one, RetrievalSet):
-            queries = self.shared_vectors(one.queries, "query", one.instruction)
-            corpus = self.shared_vectors(one.corpus, "passage", one.instruction)
-            values = self._retrieval(queries, corpus, one.relevant)
-            for dim in self._shorter():
-                short = self._retrieval(queries[:, :dim], corpus[:, :dim], one.relevant)
-                values |= {f"{name}_dim_{dim}": value for name, value in short.items()}
-            best = torch.tensor([places[0] for places in one.relevant])
-            values["alignment"] = float(alignment(queries, corpus[best]).mean())
-            total, count = uniformity_sums(corpus)
-            values["uniformity"] = float((total / count).log())
-            return values
-        first = self.shared_vectors(one.first, "query", one.instruction)
-        second = self.shared_vectors(one.second, "query", one.instruction)
-        scores = torch.tensor(list(one.scores), dtype=torch.float32)
-        values = sts_metrics(first, second, scores)
-        for dim in self._shorter():
-            short = sts_metrics(first[:, :dim], second[:, :dim], scores)
-            values |= {f"{name}_dim_{dim}": value for name, value in short.items()}
-        return values
-
-    def _retrieval(
-        self, queries: Tensor, corpus: Tensor, relevant: Sequence[Sequence[int]]
-    ) -> dict[str, float]:
-        scores, places = top_k(queries, corpus, SEARCHED, normalize=self.normalize)
-        return retrieval_metrics(scores, places, relevant)
-
-    def _shorter(self) -> list[int]:
-        return [dim for dim in self.matryoshka_dims or [] if dim < self.policy.width]
-
-    def shared_vectors(self, items: Sequence[Item], role: Role, instruction: str) -> Tensor:
-        """Vectors ``(N, d)`` of items, of which every rank encodes a part.
-
-        Args:
-            items: Equal on every rank.
-            role: Which template.
-            instruction: Of the template.
-        """
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        encoding = self.encoding or data.encoding
-        rank, world = self.trainer.global_rank, self.trainer.world_size
-        encoded = encoding.encode(items, role, instruction)
-        share = -(-len(encoded) // world)  # equal on every rank: sharded forward passes wait
-        mine = [encoded[place % len(encoded)] for place in range(rank, share * world, world)]
-        parts = gather_objects(self.vectors(mine, data.eval_batch_size, encoding.pad_id))
-        whole = torch.stack(parts, dim=1).flatten(0, 1) if world > 1 else parts[0]
-        return whole[: len(encoded)]
-
-    def after_load(self, data: Any) -> None:
-        """Take the encoding, so that ``embed`` works without a trainer.
-
-        Args:
-            data: The datamodule, bound to the tokenizer.
-        """
-        self.encoding = data.encoding
-
     # ------------------------------------------------------------------ export
 
     def write_extras(self, folder: Path) -> None:
         """What makes the folder one of sentence-transformers, too."""
-        encoding: Any = self.encoding or self.trainer.datamodule.encoding  # type: ignore[attr-defined]
         write_sentence_transformers(
-            folder, encoding, width=self.policy.width, normalize=self.normalize
+            folder, self.texts, width=self.policy.width, normalize=self.normalize
         )
