@@ -31,7 +31,7 @@ from lightning_modules.functional.sums import (
     merge_summaries,
     summary_scalars,
 )
-from lightning_modules.optim import build_optimizer
+from lightning_modules.optim import build_optimizer, total_steps
 from lightning_modules.options import (
     BackboneOptions,
     KernelOptions,
@@ -124,9 +124,7 @@ class BaseModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """One optimizer over ``parameter_groups`` with a schedule over the whole run."""
-        trainer = self.trainer
-        total = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
-        steps = self.stage_steps(int(total))
+        steps = self.stage_steps(total_steps(self.trainer))
         return build_optimizer(self.parameter_groups(), self.optimizer_options, steps)
 
     def stage_steps(self, total: int) -> list[int]:

@@ -15,6 +15,21 @@ from lightning_modules.functional.choices import check_choice
 from lightning_modules.options import OptimizerOptions
 
 
+def total_steps(trainer: Any) -> int:
+    """Optimizer steps of a run.
+
+    Args:
+        trainer: Set up for training.
+    """
+    if trainer.max_steps > 0:
+        return int(trainer.max_steps)
+    total = int(trainer.estimated_stepping_batches)
+    # Lightning has opened the loader for that, and would not hand it the place of a checkpoint,
+    # which is read later: it is opened anew
+    trainer.fit_loop._combined_loader = None
+    return total
+
+
 def lr_factor(step: int, options: OptimizerOptions, total_steps: int) -> float:
     """Factor on ``lr`` of optimizer step ``step`` (0 is the first)."""
     warmup = options.warmup_steps or math.ceil(options.warmup_ratio * total_steps)

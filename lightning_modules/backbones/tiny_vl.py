@@ -42,6 +42,7 @@ class TinyVLOptions:
         patch_size: Pixels of a patch's side.
         merge_size: Patches of an image token's side.
         image_size: Larger images are shrunk to this many pixels squared.
+        init_std: Standard deviation of the random weights; 0.02 is for wide models.
     """
 
     hidden_size: int = 64
@@ -58,6 +59,7 @@ class TinyVLOptions:
     patch_size: int = 4
     merge_size: int = 2
     image_size: int = 32
+    init_std: float = 0.02
 
 
 def build_tiny_vl(
@@ -163,6 +165,7 @@ def _text_config(options: TinyVLOptions) -> dict[str, Any]:
         "num_attention_heads": options.num_heads,
         "num_key_value_heads": options.num_kv_heads,
         "max_position_embeddings": options.max_positions,
+        "initializer_range": options.init_std,
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 10_000.0,
@@ -179,6 +182,7 @@ def _vision_config(options: TinyVLOptions) -> dict[str, Any]:
         )
     return {
         "depth": options.vision_layers,
+        "initializer_range": options.init_std,
         "hidden_size": options.vision_hidden_size,
         "intermediate_size": options.vision_intermediate_size,
         "num_heads": options.vision_heads,

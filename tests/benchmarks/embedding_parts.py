@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import logging
 import random
+import statistics
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,10 +71,27 @@ def sentence_transformer() -> Any:
     return model
 
 
+def now(clock: str) -> float:
+    """Seconds: ``wall``, or ``cpu`` of this process over all its threads."""
+    return time.process_time() if clock == "cpu" else time.perf_counter()
+
+
+def ratios(own: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+    """Median, lowest and highest of the ratios of one to the other, pair by pair."""
+    found = [a / b for a, b in zip(own, other, strict=True)]
+    return tuple(round(x, 3) for x in (statistics.median(found), min(found), max(found)))  # type: ignore[return-value]
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print a row."""
+    print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+
+
 def hush() -> None:
     """Leave the terminal to the rows."""
     hub_logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
 
 
