@@ -6,74 +6,22 @@ all its vectors at once.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
 from transformers import AutoTokenizer
 
-from datamodules.loader import Loader, RowSource, Source, check_window
+from datamodules.loader import Loader, RowSource, check_window
 from datamodules.pair_schedule import Plan, Schedule
-from datamodules.schedules import Batch, locate, share
-from datamodules.sources import nearest, stable_hash
-from datamodules.tasks.embedding import EmbeddingTask, EvalSet, Item, PairRow, PairSet
-from datamodules.texts import Encoded, Role, TextEncoding
-
-UNKNOWN = -1  # id of a text that fills up
-
-
-@dataclass
-class PairBatch:
-    """A micro-batch of B rows with G = 1 + H passages each.
-
-    Args:
-        queries: B items.
-        passages: B G items, row by row, the positive first.
-        in_batch: ``(B,)`` bool, see ``PairInfo`` of the contrastive losses, also for the others.
-        counted: ``(B,)`` bool.
-        passage_mask: ``(B, G)`` bool.
-        text_ids: ``(B, G)``.
-        query_ids: ``(B,)``.
-        known_positives: ``(B, K)``.
-        domain: Name of the data set; ``mixed`` where there are several.
-        uids: B identities of rows.
-    """
-
-    queries: list[Encoded]
-    passages: list[Encoded]
-    in_batch: Tensor
-    counted: Tensor
-    passage_mask: Tensor
-    text_ids: Tensor
-    query_ids: Tensor
-    known_positives: Tensor
-    domain: str
-    uids: list[str]
-
-    def to(self, device: Any, **_: Any) -> PairBatch:
-        """The same with its tensors on a device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
-        return replace(self, **moved)  # type: ignore[arg-type]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all items."""
-        return sum(len(item.ids) for item in (*self.queries, *self.passages))
-
-    def state(self) -> dict[str, Any]:
-        """Plain containers: what a bad batch is saved as."""
-        return {
-            "domain": self.domain,
-            "uids": self.uids,
-            "queries": [list(item.ids) for item in self.queries],
-            "passages": [list(item.ids) for item in self.passages],
-        }
+from datamodules.pair_source import PairBatch as PairBatch
+from datamodules.pair_source import PairSource as PairSource
+from datamodules.pair_source import known_positives
+from datamodules.pair_source import text_id as text_id
+from datamodules.sources import nearest
+from datamodules.tasks.embedding import EmbeddingTask, EvalSet, Item, PairSet
+from datamodules.texts import TextEncoding
 
 
 class PairDataModule(LightningDataModule):
@@ -131,7 +79,10 @@ class PairDataModule(LightningDataModule):
         self.path, self.seed = path, seed
         #: Whether a tokenizer may bring code of its own; ``train.py`` sets it for the whole run.
         self.trust_remote_code = False
+        #: Data set -> for each row places of mined negatives, see ``passages_of``.
+        self.mined: Mapping[str, Sequence[Sequence[int]]] = {}
         self._sets: list[PairSet] | None = None
+        self._passages: dict[str, tuple[list[Item], list[list[int]]]] = {}
         self._plans: dict[int, Plan] = {}
 
     def prepare(
@@ -204,6 +155,33 @@ class PairDataModule(LightningDataModule):
                 f"data.num_negatives at least 1"
             )
 
+    def passages_of(self, pairs: PairSet) -> tuple[list[Item], list[list[int]]]:
+        """All different passages of a data set, and for each row the places of its positives.
+
+        Args:
+            pairs: One of ``training_sets``.
+
+        Returns:
+            Passages, and places: the row's own positive first, then others of the same query.
+        """
+        if pairs.name not in self._passages:
+            places: dict[int, int] = {}
+            items: list[Item] = []
+            for row in pairs.rows:
+                for item in (row.positive, *row.negatives):
+                    if places.setdefault(text_id(item), len(items)) == len(items):
+                        items.append(item)
+            positives = known_positives(pairs.rows)
+            known = []
+            for row in pairs.rows:
+                own = places[text_id(row.positive)]
+                others = [places[one] for one in positives[text_id(row.query)]]
+                itself = places.get(text_id(row.query))
+                told = [own, *others, *([] if itself is None else [itself])]
+                known.append(list(dict.fromkeys(told)))
+            self._passages[pairs.name] = items, known
+        return self._passages[pairs.name]
+
     @property
     def plan(self) -> Plan:
         """The batches of the run."""
@@ -251,117 +229,3 @@ class PairDataModule(LightningDataModule):
     def predict_dataloader(self) -> Loader | list[Any]:
         """Evaluation sets to embed, one a batch of ``Rows``."""
         return self._evaluations("predict")
-
-
-class PairSource(Source):
-    """Batches of the plan, a pure function of (seed, epoch, index).
-
-    Args:
-        data: Its datamodule.
-        batches: In place of the plan's.
-    """
-
-    def __init__(self, data: PairDataModule, batches: Sequence[Batch] | None = None) -> None:
-        self.data, self.window = data, data.window
-        self.sets = data.training_sets()
-        rank, world = data.ranks
-        self.batches = share(data.plan.batches if batches is None else batches, rank, world)
-        self._positives = (
-            [_known_positives(each.rows) for each in self.sets] if self.batches else []
-        )
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def batch(self, epoch: int, index: int) -> PairBatch:
-        """Encode one batch."""
-        batch = self.batches[index]
-        places = locate(batch, [len(each.rows) for each in self.sets])
-        chosen = [(self.sets[i], self.sets[i].rows[row], self._positives[i]) for i, row in places]
-        return self.collate(chosen, batch.num_counted)
-
-    def collate(
-        self,
-        rows: Sequence[tuple[PairSet, PairRow, Mapping[int, list[int]] | None]],
-        num_counted: int,
-    ) -> PairBatch:
-        """Encode rows.
-
-        Args:
-            rows: Data set, row, and the known positives of the set's queries (None: its own).
-            num_counted: The first so many count.
-        """
-        most = self.data.num_negatives
-        width = 1 + min(most, max(len(row.negatives) for _, row, _ in rows)) if most else 1
-        if self.data.ranks[1] > 1:
-            width = 1 + most  # equal on every rank
-        told = [self._instruction(pairs) for pairs, _, _ in rows]
-        where = [row.where or row.uid for _, row, _ in rows]
-        groups = [[row.positive, *row.negatives[:most]] for _, row, _ in rows]
-        queries = self._encode([row.query for _, row, _ in rows], "query", told, where)
-        flat = self._encode(
-            [item for group in groups for item in group],
-            "passage",
-            [one for one, group in zip(told, groups, strict=True) for _ in group],
-            [one for one, group in zip(where, groups, strict=True) for _ in group],
-        )
-        passages: list[Encoded] = []
-        ids, mask, known, query_ids = [], [], [], []
-        for (_, row, positives), group in zip(rows, groups, strict=True):
-            own, flat = flat[: len(group)], flat[len(group) :]
-            missing = width - len(group)
-            passages += own + own[:1] * missing
-            ids.append([text_id(item) for item in group] + [UNKNOWN] * missing)
-            mask.append([True] * len(group) + [False] * missing)
-            query_ids.append(text_id(row.query))
-            known.append(ids[-1][:1] if positives is None else positives[query_ids[-1]])
-        most_known = max(len(each) for each in known)
-        names = {pairs.name for pairs, _, _ in rows}
-        return PairBatch(
-            queries=queries,
-            passages=passages,
-            in_batch=torch.tensor([pairs.in_batch for pairs, _, _ in rows]),
-            counted=torch.arange(len(rows)) < num_counted,
-            passage_mask=torch.tensor(mask),
-            text_ids=torch.tensor(ids),
-            query_ids=torch.tensor(query_ids),
-            known_positives=torch.tensor(
-                [each + [UNKNOWN] * (most_known - len(each)) for each in known]
-            ),
-            domain=names.pop() if len(names) == 1 else "mixed",
-            uids=[row.uid for _, row, _ in rows],
-        )
-
-    def _instruction(self, pairs: PairSet) -> str:
-        return self.data.encoding.instructions.get(pairs.name, pairs.instruction)
-
-    def _encode(
-        self, items: Sequence[Item], role: Role, told: Sequence[str], where: Sequence[str]
-    ) -> list[Encoded]:
-        """Items with an instruction each, in as few calls of the tokenizer as there are."""
-        found: list[Encoded | None] = [None] * len(items)
-        for instruction in dict.fromkeys(told):
-            places = [place for place, one in enumerate(told) if one == instruction]
-            chosen, known = [items[i] for i in places], [where[i] for i in places]
-            made = self.data.encoding.encode(chosen, role, instruction, known)
-            for place, one in zip(places, made, strict=True):
-                found[place] = one
-        return [one for one in found if one is not None]
-
-
-def text_id(item: Item) -> int:
-    """Number of an item, equal for equal items; not negative.
-
-    Args:
-        item: A text or an image with a text.
-    """
-    key = item if isinstance(item, str) else f"{item.key}\n{item.text}"
-    return stable_hash("item", key) % 2**62
-
-
-def _known_positives(rows: Sequence[PairRow]) -> dict[int, list[int]]:
-    """All known positives of each query of a data set, by text ids."""
-    found: dict[int, dict[int, None]] = defaultdict(dict)
-    for row in rows:
-        found[text_id(row.query)][text_id(row.positive)] = None
-    return {query: list(positives) for query, positives in found.items()}

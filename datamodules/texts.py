@@ -84,7 +84,7 @@ def chunk_of(items: Sequence[Encoded], pad_id: int) -> Chunk:
 
 
 def chunks_of(
-    items: Sequence[Encoded], size: int | None, pad_id: int
+    items: Sequence[Encoded], size: int | None, pad_id: int, *, longest_first: bool = True
 ) -> tuple[list[Chunk], list[int]]:
     """Cut items into chunks of similar lengths, so that little is padded.
 
@@ -92,12 +92,12 @@ def chunks_of(
         items: At least one.
         size: Items a chunk; None for one chunk.
         pad_id: See ``chunk_of``.
+        longest_first: What does not fit into memory then shows at once; False for shortest first.
 
     Returns:
-        The chunks, longest first (what does not fit into memory shows at once), and for each item
-        its place among the rows of all chunks.
+        The chunks, and for each item its place among the rows of all chunks.
     """
-    order = sorted(range(len(items)), key=lambda i: -len(items[i].ids))
+    order = sorted(range(len(items)), key=lambda i: len(items[i].ids), reverse=longest_first)
     step = size or len(items)
     chunks = [
         chunk_of([items[i] for i in order[start : start + step]], pad_id)

@@ -175,7 +175,11 @@ class EmbeddingModule(VectorModule):
         """Encode all items of the batch, contrast them, return the loss."""
         self.clear_gradients(batch_idx)
         items = [*batch.queries, *batch.passages]
-        chunks, places = chunks_of(items, self.chunk_size, self.texts.pad_id)
+        # a budget goes further on short chunks: memory of attention grows with the square
+        by_budget = self.cache_budget_mb is not None
+        chunks, places = chunks_of(
+            items, self.chunk_size, self.texts.pad_id, longest_first=not by_budget
+        )
 
         def loss(vectors: list[Tensor]) -> Tensor:
             return self.contrast(torch.cat(vectors)[places], batch)

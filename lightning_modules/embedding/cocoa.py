@@ -254,6 +254,22 @@ class CoCoA(EmbeddingModule):
 
     # ------------------------------------------------------------------ vectors and evaluation
 
+    def finish_evaluation(self, split: str) -> dict[str, float]:
+        """Metrics of an evaluation; in the contrastive stage also the area under its curve.
+
+        ``val/area`` is the mean of ``val/retrieval/recall_at_1`` over the validations of that stage
+        so far: what arms of equal contrastive steps are compared by (card, section 9).
+        """
+        values = super().finish_evaluation(split)
+        tag = "val/retrieval/recall_at_1"
+        before = sum(self.stage_steps(0)[:-1])
+        if split == "val" and tag in values and self.global_step > before:
+            points = self.results.get("val/area_points", 0.0) + 1.0
+            mean = self.results.get("val/area", 0.0)
+            values["val/area"] = mean + (values[tag] - mean) / points
+            values["val/area_points"] = points
+        return values
+
     def encode(self, chunk: Any) -> Tensor:
         """Vectors ``(n, d)``: the hidden state of EOS (section 2.3)."""
         chunk = chunk.to(self.device)

@@ -130,6 +130,28 @@ class VectorModule(EvaluatedModule):
                     known[name] = (total + value, count + 1.0)
         return found
 
+    def predict_step(self, batch: Rows, batch_idx: int) -> list[dict[str, Any]]:
+        """Vectors of evaluation sets, one record an item; ranks other than 0 give none.
+
+        Args:
+            batch: Evaluation sets.
+            batch_idx: Of the batch.
+        """
+        records = []
+        for one in batch.items:
+            parts: dict[str, tuple[Any, Role]] = (
+                {"query": (one.queries, "query"), "passage": (one.corpus, "passage")}
+                if isinstance(one, RetrievalSet)
+                else {"first": (one.first, "query"), "second": (one.second, "query")}
+            )
+            for name, (items, role) in parts.items():
+                vectors = self.shared_vectors(items, role, one.instruction)
+                records += [
+                    {"set": one.name, "part": name, "place": place, "vector": vector}
+                    for place, vector in enumerate(vectors.tolist())
+                ]
+        return records if self.trainer.is_global_zero else []
+
     def measure(self, one: Any) -> dict[str, float]:
         """Metrics of one evaluation set, equal on every rank.
 
