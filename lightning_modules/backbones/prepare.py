@@ -146,6 +146,7 @@ def fit_tiny(
             enable_progress_bar=bool(callbacks),
             gradient_clip_val=clip,
             use_distributed_sampler=False,
+            limit_val_batches=0,
             barebones=False,
             plugins=_single_process(),
         )
