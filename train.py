@@ -76,6 +76,10 @@ def run(config: DictConfig) -> dict[str, Any]:
         from run_tools.report import report
 
         return report(config.report.claim, config.output_dir, config.report.folder, CONF)
+    if config.mode == "merge":
+        from run_tools.merge_command import merge_command
+
+        return {"merged": str(merge_command({"merge": plain(config.merge)}))}
     is_fit = config.mode in ("fit", "fit_test")
     parts = [config.claim.name, config.claim.arm] if config.claim.name else [seeded.name]
     path = Path(seeded.output_dir, *parts, seeded.run_id)
@@ -137,11 +141,20 @@ def run(config: DictConfig) -> dict[str, Any]:
 
 
 def run_plan(config: DictConfig) -> dict[str, Any]:
-    """Print what the run would take, and start nothing."""
+    """Print what the run would take, and start nothing.
+
+    Raises:
+        ValueError: The method writes no rollouts.
+    """
     from run_tools.plan import backbone_to_plan, plan, write
     from run_tools.plan_table import print_plan
 
     data = instantiate(config.data, _convert_="all")
+    if not hasattr(data, "prompts_per_rollout"):
+        raise ValueError(
+            f"mode=plan knows methods that write rollouts, and model={config.name} writes none; "
+            f"a short run prints its memory and seconds: mode=fit trainer.max_steps=3"
+        )
     with backbone_to_plan(plain(config.backbone), data.task, config.seed) as backbone:
         found = plan(build_module(config, backbone), data, plain(config))
     print_plan(config.name, found, plain(config))

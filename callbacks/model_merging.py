@@ -33,6 +33,7 @@ from lightning_modules.functional.states import (
     folder_tensors,
     load_dense,
     read_tensors,
+    reshard,
     write_tensors,
 )
 from run_tools.merge_sources import check_alike, open_source
@@ -105,11 +106,12 @@ class ModelMerging(Callback):
         self._ends = list(accumulate(steps))
         if problems := self._problems(trainer, steps):
             raise ValueError("; ".join(problems))
+        if self._is_alone(len(steps)):
+            return
         start = self.folder / "start.safetensors"
         if trainer.global_step == 0:
             write_tensors(start, _trainable(pl_module).items(), is_writer=trainer.is_global_zero)
-            if self._needs_base() or self.include:
-                self._export(trainer, pl_module, "start")
+            self._export(trainer, pl_module, "start")  # what figures measure distances from
         elif not start.is_file():
             raise ValueError(f"{start} is gone: the bags to come could not start from it")
         trainer.strategy.barrier()
@@ -157,6 +159,7 @@ class ModelMerging(Callback):
             self._merge(steps, merged)
         trainer.strategy.barrier()
         module: Any = pl_module
+        reshard(module)
         load_dense(module.policy.base, folder_tensors(merged))
         module.saves_all = True  # a checkpoint of adapters alone would lose the merge
         values = _figures(read_report(merged))
@@ -236,6 +239,7 @@ class ModelMerging(Callback):
 
 
 def _trainable(module: LightningModule) -> Mapping[str, Tensor]:
+    reshard(module)
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 

@@ -210,7 +210,7 @@ class StepCheckpoint(Checkpoint):
             self._is_due = True
             loop: Any = trainer.fit_loop.epoch_loop
             is_validated = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
-            if not is_validated and step != trainer.max_steps:
+            if not is_validated and not _is_last_step(trainer):
                 self._save_due(trainer)
 
     def _save_due(self, trainer: Trainer) -> None:
@@ -228,7 +228,7 @@ class StepCheckpoint(Checkpoint):
         """Keep the best, then save if it is time."""
         self._keep_best(trainer)
         is_due = self._is_due or self._then is not None
-        if is_due and trainer.global_step != trainer.max_steps:
+        if is_due and not _is_last_step(trainer):
             self._save_due(trainer)
 
     def _keep_best(self, trainer: Trainer) -> None:
@@ -253,3 +253,14 @@ class StepCheckpoint(Checkpoint):
             progress.reset_on_run()
         self.save(trainer, self.last_path)
         self._go_on()
+
+
+def _is_last_step(trainer: Trainer) -> bool:
+    """Whether the run ends with this step: by ``max_steps``, or with the last batch."""
+    if trainer.global_step == trainer.max_steps:
+        return True
+    is_last_epoch = trainer.max_epochs is not None and 0 < trainer.max_epochs <= (
+        trainer.current_epoch + 1
+    )
+    ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return is_last_epoch and ready >= trainer.num_training_batches

@@ -4,28 +4,23 @@
     bridge       ``[A] [EOS] [B]``; tokens of B are masked
     contrastive  images and texts apart, each with EOS at its end
 
-A batch says its stage; which tokens are masked is drawn by the module from the batch's seed.
+A batch says its stage; which tokens are masked is drawn by the module from the rows' seeds.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from transformers import AutoConfig, Qwen2VLImageProcessorPil
-
-from datamodules.images import EncodedImages, encode_images
+from datamodules.image_encoding import ImageTextEncoding, StageName
 from datamodules.loader import Loader, Rows, RowSource, Source, check_window
 from datamodules.pairs import PairBatch, PairDataModule, PairSource
 from datamodules.sources import nearest, stable_hash
-from datamodules.tasks.embedding import Bridge, ImageText, ImageTextTask, Item
-from datamodules.texts import Encoded, Role, TextEncoding
-
-StageName = Literal["warmup", "bridge", "contrastive"]
-LEAST_TARGET = 4  # tokens of block B that are kept, however long A is
+from datamodules.tasks.embedding import Bridge, ImageTextTask
+from datamodules.texts import Encoded
 
 
 @dataclass
@@ -37,7 +32,7 @@ class ReconstructionBatch:
         items: N sequences.
         spans: Of each, the first and last-plus-one token that may be masked.
         bridges: Of each, the place of its EOS token; -1 in the warm-up, which has none.
-        seed: Of what is masked.
+        seeds: Of each, what decides which of its tokens are masked.
         uids: Identities of the rows.
         domain: For metrics; the stage.
     """
@@ -46,7 +41,7 @@ class ReconstructionBatch:
     items: list[Encoded]
     spans: list[tuple[int, int]]
     bridges: list[int]
-    seed: int
+    seeds: list[int]
     uids: list[str]
     domain: str = ""
 
@@ -64,143 +59,19 @@ class ReconstructionBatch:
         return {"stage": self.stage, "uids": self.uids, "ids": [list(i.ids) for i in self.items]}
 
 
-class ImageTextEncoding(TextEncoding):
-    """Images and texts in one sequence: vision tokens, the text, EOS.
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of the run.
 
     Args:
-        max_sequence_tokens: Longest sequence of the first two stages.
-        cache_images: Encoded images that are kept.
-        **options: Of ``TextEncoding``; CoCoA pools the EOS token.
+        name: What is trained.
+        steps: Optimizer steps.
+        batch_size: Rows a micro-batch over all ranks.
     """
 
-    def __init__(
-        self, *, max_sequence_tokens: int = 4096, cache_images: int = 4096, **options: Any
-    ) -> None:
-        super().__init__(**options)
-        self.max_sequence_tokens, self.cache_images = max_sequence_tokens, cache_images
-        self.processor: Any = None
-        self._vision: tuple[int, int, int] = (0, 0, 0)
-        self._cache: OrderedDict[str, EncodedImages] = OrderedDict()
-
-    def bind_images(self, backbone: str) -> None:
-        """Take the image processor and the vision tokens of a Qwen-VL folder.
-
-        Raises:
-            ValueError: It has none.
-        """
-        try:
-            config: Any = AutoConfig.from_pretrained(backbone)
-            self._vision = (
-                config.vision_start_token_id,
-                config.image_token_id,
-                config.vision_end_token_id,
-            )
-            self.processor = Qwen2VLImageProcessorPil.from_pretrained(backbone)
-        except (OSError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"backbone.path={backbone!r} reads no images: give a Qwen2-VL or Qwen2.5-VL folder"
-            ) from error
-
-    def image(self, item: ImageText, where: str = "") -> EncodedImages:
-        """Its patches, from the cache where they are."""
-        if item.key not in self._cache:
-            try:
-                self._cache[item.key] = encode_images(self.processor, [item.image])
-            except ValueError as error:
-                raise ValueError(f"{where or item.key}: {error}") from error
-            while len(self._cache) > self.cache_images:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(item.key)
-        return self._cache[item.key]
-
-    def image_ids(self, image: EncodedImages) -> list[int]:
-        """Vision start, the image's tokens, vision end."""
-        start, token, end = self._vision
-        return [start, *[token] * image.num_tokens(self.processor.merge_size)[0], end]
-
-    def encode(
-        self, items: Sequence[Item], role: Role, instruction: str = "", where: Sequence[str] = ()
-    ) -> list[Encoded]:
-        """Token ids of images and texts, each with EOS where that is pooled.
-
-        Raises:
-            ValueError: An image does not decode, or a text has no token (names where it is from).
-        """
-        texts = [item for item in items if isinstance(item, str)]
-        places = [place for place, item in enumerate(items) if isinstance(item, str)]
-        told = [where[place] for place in places] if where else []
-        rendered = [self.render(text, role, instruction) for text in texts]
-        made = iter(self.encode_texts(rendered, role, instruction, told))
-        found = []
-        for place, item in enumerate(items):
-            if isinstance(item, str):
-                found.append(next(made))
-                continue
-            image = self.image(item, where[place] if where else "")
-            head = self.image_ids(image)
-            # the text behind it, or EOS alone, is what the tokenizer makes of it
-            tail = self.tokenizer(self.render(item.text, role, instruction))["input_ids"]
-            room = max(self.max_tokens[role] - len(head), 1)
-            tail = tail if len(tail) <= room else [*tail[: room - 1], tail[-1]]
-            ids = (*head, *tail)
-            found.append(Encoded(ids, self._pool(len(ids), 0), image))
-        return found
-
-    def plain_ids(self, text: str) -> list[int]:
-        """Token ids of a text without special tokens."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def warmup(self, items: Sequence[ImageText]) -> tuple[list[Encoded], list[tuple[int, int]]]:
-        """Image then caption, and where the caption is.
-
-        Raises:
-            ValueError: A caption has no token, or no room beside its image.
-        """
-        found, spans = [], []
-        for item in items:
-            image = self.image(item)
-            head, text = self.image_ids(image), self.plain_ids(item.text)
-            ids = (head + text)[: self.max_sequence_tokens]
-            if len(ids) == len(head):
-                raise ValueError(
-                    f"{item.key}: the caption has no token, or no room beside its image"
-                )
-            found.append(Encoded(tuple(ids), (len(ids) - 1, len(ids)), image))
-            spans.append((len(head), len(ids)))
-        return found, spans
-
-    def bridge(
-        self, rows: Sequence[tuple[Item, str, str]]
-    ) -> tuple[list[Encoded], list[tuple[int, int]], list[int]]:
-        """``[A] [EOS] [B]``: sequences, where B is, and where EOS is.
-
-        Text of A is cut before B loses its first tokens; image tokens never are.
-
-        Args:
-            rows: Block A, block B, and where they are from.
-
-        Raises:
-            ValueError: A block has no token, or an image leaves no room.
-        """
-        found, spans, bridges = [], [], []
-        most = self.max_sequence_tokens
-        for source, target, where in rows:
-            image = None if isinstance(source, str) else self.image(source, where)
-            head = [] if image is None else self.image_ids(image)
-            text = self.plain_ids(source if isinstance(source, str) else source.text)
-            own = self.plain_ids(target)
-            room = most - len(head) - 1 - min(len(own), LEAST_TARGET)
-            if room < 0 or not own or not (head or text):
-                raise ValueError(
-                    f"{where}: block A and B need tokens, and room for them (max {most})"
-                )
-            first = head + text[:room]
-            own = own[: most - len(first) - 1]
-            ids = (*first, self.tokenizer.eos_token_id, *own)
-            found.append(Encoded(ids, (len(first), len(first) + 1), image))
-            bridges.append(len(first))
-            spans.append((len(first) + 1, len(ids)))
-        return found, spans, bridges
+    name: StageName
+    steps: int
+    batch_size: int
 
 
 class ImageTextDataModule(PairDataModule):
@@ -208,13 +79,14 @@ class ImageTextDataModule(PairDataModule):
 
     Args:
         stages: ``[{name: warmup, steps: 150}, ...]``: optimizer steps of each, in order; steps of 0
-            leave a stage out.
-        bridge_batch_size: Rows of a micro-batch of ``warmup`` and ``bridge`` over all ranks; None
-            for ``batch_size``.
+            leave a stage out. A stage may have a ``batch_size`` of its own. One that comes twice
+            goes on with the batches where it stopped.
+        bridge_batch_size: Rows of a micro-batch of ``warmup`` and ``bridge`` over all ranks, where
+            the stage has none of its own; None for ``batch_size``.
         **options: Of ``PairDataModule``; the schedule is not used.
 
     Raises:
-        ValueError: An unknown stage, or none.
+        ValueError: An unknown stage, or none, or a count out of range.
     """
 
     task: ImageTextTask
@@ -228,28 +100,22 @@ class ImageTextDataModule(PairDataModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        problems = []
-        for number, stage in enumerate(stages):
-            if set(stage) != {"name", "steps"}:
-                problems.append(
-                    f"data.stages[{number}]={dict(stage)} must be {{name: bridge, steps: 500}}"
-                )
-            elif stage["name"] not in get_args(StageName):
-                known = get_args(StageName)
-                problems.append(
-                    f"data.stages[{number}].name={stage['name']!r} must be one of "
-                    f"{', '.join(known)}{nearest(str(stage['name']), known)}"
-                )
-            elif not isinstance(stage["steps"], int) or stage["steps"] < 0:
-                problems.append(f"data.stages[{number}].steps={stage['steps']!r} must be 0 or more")
+        if bridge_batch_size is not None and bridge_batch_size < 1:
+            raise ValueError(f"data.bridge_batch_size={bridge_batch_size} must be at least 1")
+        problems = [
+            problem for number, stage in enumerate(stages) for problem in _problems(number, stage)
+        ]
         if problems:
             raise ValueError("; ".join(problems))
-        self.stages: list[tuple[StageName, int]] = [
-            (stage["name"], stage["steps"]) for stage in stages if stage["steps"]
+        own = bridge_batch_size or self.batch_size
+        sizes = {"warmup": own, "bridge": own, "contrastive": self.batch_size}
+        self.stages = [
+            Stage(each["name"], each["steps"], each.get("batch_size") or sizes[each["name"]])
+            for each in stages
+            if each["steps"]
         ]
         if not self.stages:
             raise ValueError("data.stages holds no stage with steps")
-        self.bridge_batch_size = bridge_batch_size or self.batch_size
 
     def prepare(
         self,
@@ -265,13 +131,46 @@ class ImageTextDataModule(PairDataModule):
     @property
     def stage_steps(self) -> list[int]:
         """Optimizer steps of each stage."""
-        return [steps for _, steps in self.stages]
+        return [stage.steps for stage in self.stages]
+
+    def stage_at(self, step: int) -> StageName | None:
+        """The stage that an optimizer step belongs to; None before the first.
+
+        Args:
+            step: As Lightning counts them when it is done: 1 is the first.
+        """
+        if step < 1:
+            return None
+        for stage in self.stages:
+            if step <= stage.steps:
+                return stage.name
+            step -= stage.steps
+        return self.stages[-1].name
 
     def train_dataloader(self) -> Loader:
         """The sized, stateful loader of micro-batches."""
         loader = Loader(StagedSource(self))
         check_window(self.trainer, loader)
         return loader
+
+
+def _problems(number: int, stage: Any) -> list[str]:
+    """What is wrong with an item of ``data.stages``."""
+    key, known = f"data.stages[{number}]", get_args(StageName)
+    if not isinstance(stage, Mapping) or set(stage) - {"batch_size"} != {"name", "steps"}:
+        shown = dict(stage) if isinstance(stage, Mapping) else stage
+        return [f"{key}={shown!r} must be {{name: bridge, steps: 500}}, with batch_size at most"]
+    name, steps, size = stage["name"], stage["steps"], stage.get("batch_size")
+    problems = []
+    if name not in known:
+        hint = nearest(str(name), known)
+        problems.append(f"{key}.name={name!r} must be one of {', '.join(known)}{hint}")
+    if type(steps) is not int or steps < 0:
+        problems.append(f"{key}.steps={steps!r} must be 0 or more")
+    least = 2 if name == "contrastive" else 1
+    if size is not None and (type(size) is not int or size < least):
+        problems.append(f"{key}.batch_size={size!r} must be at least {least}")
+    return problems
 
 
 class StagedSource(Source):
@@ -283,7 +182,7 @@ class StagedSource(Source):
 
     def __init__(self, data: ImageTextDataModule) -> None:
         self.data, self.window = data, data.window
-        self._sources: dict[str, RowSource] = {}
+        self._sources: dict[tuple[str, int], RowSource] = {}
         self._pairs: PairSource | None = None
 
     def __len__(self) -> int:
@@ -291,14 +190,17 @@ class StagedSource(Source):
 
     def batch(self, epoch: int, index: int) -> PairBatch | ReconstructionBatch:
         """The next batch of the stage that is due."""
-        name, place = self._stage(index)
-        rows = self._rows(name, place)
-        if name == "contrastive":
+        stage, place = self._stage(index)
+        rows, numbers = self._rows(stage, place)
+        if stage.name == "contrastive":
             return self._contrastive(rows)
-        rank, _ = self.data.ranks
-        seed = stable_hash(self.data.seed, name, epoch, place, rank) % 2**62
+        # a row's seed does not depend on which rank has it
+        seeds = [
+            stable_hash(self.data.seed, stage.name, epoch, place, number) % 2**62
+            for number in numbers
+        ]
         encoding = self.data.encoding
-        if name == "warmup":
+        if stage.name == "warmup":
             items, spans = encoding.warmup(rows.items)
             bridges, uids = [-1] * len(items), [item.key for item in rows.items]
         else:
@@ -306,44 +208,56 @@ class StagedSource(Source):
             told = [(row.source, row.target, row.where or row.uid) for row in chosen]
             items, spans, bridges = encoding.bridge(told)
             uids = [row.uid for row in chosen]
-        return ReconstructionBatch(name, items, spans, bridges, seed, uids, name)
+        return ReconstructionBatch(stage.name, items, spans, bridges, seeds, uids, stage.name)
 
-    def _stage(self, index: int) -> tuple[StageName, int]:
-        """Stage of a micro-batch, and its number there."""
-        for name, steps in self.data.stages[:-1]:
-            if index < steps * self.window:
-                return name, index
-            index -= steps * self.window
-        return self.data.stages[-1][0], index
+    def _stage(self, index: int) -> tuple[Stage, int]:
+        """Stage of a micro-batch, and its number among those of that name."""
+        seen: Counter[str] = Counter()
+        for stage in self.data.stages[:-1]:
+            size = stage.steps * self.window
+            if index < size:
+                return stage, seen[stage.name] + index
+            index -= size
+            seen[stage.name] += size
+        last = self.data.stages[-1]
+        return last, seen[last.name] + index
 
-    def _rows(self, name: str, place: int) -> Rows:
-        if name not in self._sources:
-            task, (rank, world) = self.data.task, self.data.ranks
-            size = self.data.bridge_batch_size
-            if name == "contrastive":
-                sets = self.data.training_sets()
-                rows: Sequence[Any] = [
-                    (s, row) for s in range(len(sets)) for row in range(len(sets[s].rows))
-                ]
-                size = self.data.batch_size
-            else:
-                rows = task.captions("train") if name == "warmup" else task.bridges("train")
-            if size % world:
+    def _rows(self, stage: Stage, place: int) -> tuple[Rows, list[int]]:
+        """Rows of a micro-batch, and their numbers in that of all ranks."""
+        name, (rank, world) = stage.name, self.data.ranks
+        key = name, stage.batch_size
+        if key not in self._sources:
+            if stage.batch_size % world:
                 raise ValueError(
-                    f"batches of {size} rows cannot be shared evenly by {world} processes: use "
-                    f"multiples in data.batch_size and data.bridge_batch_size"
+                    f"batches of {stage.batch_size} rows ({name}) cannot be shared evenly by "
+                    f"{world} processes: use multiples in data.batch_size, data.bridge_batch_size "
+                    f"and data.stages"
                 )
-            self._sources[name] = RowSource(
-                rows,
-                batch_size=size // world,
+            self._sources[key] = RowSource(
+                self._all_rows(name),
+                batch_size=stage.batch_size // world,
                 seed=stable_hash(self.data.seed, name) % 2**31,
                 window=self.window,
                 rank=rank,
                 world_size=world,
                 drop_last=True,
             )
-        source = self._sources[name]
-        return source.batch(place // len(source), place % len(source))
+        source = self._sources[key]
+        numbers = list(range(rank, stage.batch_size, world))
+        return source.batch(place // len(source), place % len(source)), numbers
+
+    def _all_rows(self, name: StageName) -> Sequence[Any]:
+        task = self.data.task
+        if name == "contrastive":
+            sets = self.data.training_sets()
+            return [(s, row) for s in range(len(sets)) for row in range(len(sets[s].rows))]
+        rows = task.captions("train") if name == "warmup" else task.bridges("train")
+        if not rows:
+            raise ValueError(
+                f"data.stages has the stage {name!r}, and the task has no rows for it to train on: "
+                f"give it some, or leave the stage out"
+            )
+        return rows
 
     def _contrastive(self, rows: Rows) -> PairBatch:
         if self._pairs is None:

@@ -84,12 +84,16 @@ def _upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def encode_images(processor: Any, images: Sequence[ImageSource]) -> EncodedImages:
+def encode_images(
+    processor: Any, images: Sequence[ImageSource], *, square: int | None = None
+) -> EncodedImages:
     """Resize, normalise and cut images into patches.
 
     Args:
         processor: The image processor of the model that will read them.
         images: At least one, in the order in which their tokens will stand in the batch.
+        square: Side in pixels of the square that each is resized to first, whatever its shape; None
+            leaves the size to the processor, which keeps the shape.
 
     Returns:
         On the CPU.
@@ -105,6 +109,9 @@ def encode_images(processor: Any, images: Sequence[ImageSource]) -> EncodedImage
     for number, source in enumerate(images):
         label = str(source) if isinstance(source, str | Path) else f"image {number}"
         array = read_image(source, label)
+        if square is not None:
+            whole = Image.fromarray(array).resize((square, square), Image.Resampling.BICUBIC)
+            array = np.asarray(whole)
         height, width = array.shape[:2]
         size = f"{label} is {width} x {height} pixels"
         if min(height, width) < least:

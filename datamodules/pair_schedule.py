@@ -6,6 +6,7 @@ Options in terms of names; the arms themselves are in ``schedules`` and ``bags``
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -130,7 +131,8 @@ class Schedule:
             kept = self._bag(number, each["percent"], names, counts, batch_size, seed)
             chosen = [place for place, rows in enumerate(kept) if rows]
             # another order for every bag, and for bags of 100 percent nothing else (a seed soup)
-            batches = self._batches(
+            part = self._without({names[place] for place, rows in enumerate(kept) if not rows})
+            batches = part._batches(
                 [names[place] for place in chosen],
                 [len(kept[place]) for place in chosen],
                 batch_size,
@@ -175,6 +177,18 @@ class Schedule:
         if not any(kept):
             raise ValueError(f"data.schedule.bags[{number}] is empty: every data set is at 0")
         return kept
+
+    def _without(self, left_out: set[str]) -> Schedule:
+        """This schedule for a bag without some data sets."""
+        part = copy(self)
+        if self.order is not None:
+            part.order = [name for name in self.order if name not in left_out]
+        if self.groups is not None:
+            groups = [[name for name in group if name not in left_out] for group in self.groups]
+            part.groups = [group for group in groups if group] if left_out else groups
+        if left_out and self.name == "two_stage" and len(part.groups or []) == 1:
+            part.name = "batch_shuffle"  # one stage is left
+        return part
 
     def _batches(
         self, names: Sequence[str], sizes: Sequence[int], batch_size: int, seed: int

@@ -255,7 +255,7 @@ class PromptFile(RowOptions, Generic[Record]):
                 problems.append(error.problem(row))
                 seen.discard(fields.uid)
             else:
-                asked = str(row.values.get(columns[question]))
+                asked = str(row.values.get(columns.get(question, question)))
                 out.append((record, self.key_of(record) if self.key_of else asked))
         if not out:
             raise_problems(path, problems, "there is no usable row")

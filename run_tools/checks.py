@@ -26,7 +26,7 @@ from run_tools.plan_options import PlanOptions
 class RunOptions:
     """Top-level keys and their types; meanings are in conf/train.yaml."""
 
-    mode: Literal["fit_test", "fit", "validate", "test", "predict", "report", "plan"]
+    mode: Literal["fit_test", "fit", "validate", "test", "predict", "report", "plan", "merge"]
     seed: int
     run_id: str
     output_dir: str

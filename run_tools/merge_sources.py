@@ -32,6 +32,7 @@ _TOKENIZERS = (
     "vocab.txt",
     "merges.txt",
 )
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 #: Parts of tokenizer.json that its last use has set, and that encode nothing.
 _STATE = ("padding", "truncation")
 
@@ -102,24 +103,27 @@ def open_source(folder: str | Path) -> Source:
     return source
 
 
-def check_alike(sources: Sequence[Source]) -> None:
+def check_alike(sources: Sequence[Source], starts: Sequence[Source] = ()) -> None:
     """Refuse models of different architectures, tensors, shapes or tokenizers.
 
     Args:
-        sources: Of models that are to be merged, and of their base.
+        sources: Of models that are to be merged.
+        starts: Of the model that they started from, or are measured from. It may hold more than
+            they do, such as the pooling layer of a BERT, which exports leave out.
 
     Raises:
         ValueError: Names the folders, and the first difference.
     """
     first = sources[0]
-    for source in sources[1:]:
+    for place, source in enumerate([*sources[1:], *starts], start=1):
         what = f"{source.path} cannot be merged with {first.path}"
         architectures = [one.config.get("architectures") for one in (first, source)]
         if architectures[0] != architectures[1]:
             raise ValueError(
                 f"{what}: its architecture is {architectures[1]}, not {architectures[0]}"
             )
-        for name in sorted(first.specs.keys() | source.specs.keys()):
+        more = source.specs.keys() if place < len(sources) else set()
+        for name in sorted(first.specs.keys() | more):
             here, there = (_shape(one, name) for one in (first, source))
             if here != there:
                 raise ValueError(f"{what}: {name} is {there} there and {here} here")
@@ -127,7 +131,27 @@ def check_alike(sources: Sequence[Source]) -> None:
             values = [_settings(one.config).get(key) for one in (first, source)]
             if None not in values and values[0] != values[1]:
                 raise ValueError(f"{what}: its {key} is {values[1]}, not {values[0]}")
-    _check_tokenizers([source.path for source in sources])
+    _check_tokenizers([source.path for source in (*sources, *starts)])
+
+
+def parts_of(folder: Path) -> list[str]:
+    """Sub-folders that ``modules.json`` of sentence-transformers names, such as ``1_Pooling``.
+
+    Args:
+        folder: Of a model.
+
+    Raises:
+        ValueError: One holds weights: they would not be merged.
+    """
+    file = folder / "modules.json"
+    named = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    parts = [str(one.get("path", "")) for one in named if isinstance(one, dict)]
+    own = [part for part in parts if Path(part).name == part and part not in ("", "..")]
+    found = [part for part in own if (folder / part).is_dir()]
+    for part in found:
+        if weights := sorted(one for one in (folder / part).rglob("*") if one.suffix in WEIGHTS):
+            raise ValueError(f"{weights[0]}: only the model of a folder is merged, not this part")
+    return found
 
 
 def _shape(source: Source, name: str) -> tuple[int, ...] | str:
@@ -170,7 +194,9 @@ def _drop_tied_head(source: Source) -> None:
 
 
 def _check_tokenizers(paths: Sequence[Path]) -> None:
-    for file in _TOKENIZERS:
+    # where all have it, it is what is read, whatever older files lie beside it
+    is_fast = all((path / _TOKENIZERS[0]).is_file() for path in paths)
+    for file in _TOKENIZERS[:1] if is_fast else _TOKENIZERS:
         groups: dict[str, list[Path]] = {}
         for path in paths:
             groups.setdefault(_content(path / file), []).append(path)

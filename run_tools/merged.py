@@ -27,11 +27,10 @@ from lightning_modules.functional.merging import (
 )
 from lightning_modules.options import MergeOptions, read_options
 from run_tools.merge_output import INDEX, write_shards
-from run_tools.merge_sources import Source, check_alike, open_source
+from run_tools.merge_sources import WEIGHTS, Source, check_alike, open_source, parts_of
 
 _REPORT = "merge.json"
 _OWN_FILES = ("litpost.json", "prepared.json", "pytorch_model.bin.index.json", _REPORT, INDEX)
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 def merge_folders(
@@ -67,9 +66,9 @@ def merge_folders(
 
     Raises:
         ValueError: Fewer than two folders (one will do where the method needs a base), one without
-            safetensors or with adapters, different architectures, tensors, shapes or tokenizers
-            (the first difference is named), a missing base, an unknown option, values that are not
-            finite, or ``output`` holds files.
+            safetensors, with adapters or with weights beside its model, different architectures,
+            tensors, shapes or tokenizers (the first difference is named), a missing base, an
+            unknown option, values that are not finite, or ``output`` holds files.
 
     Example:
         >>> merge_folders(["math/export", "chat/export"], "merged")  # doctest: +SKIP
@@ -87,7 +86,8 @@ def merge_folders(
     models = [open_source(path) for path in paths]
     start = None if base is None else open_source(base)
     measured = start if reference is None else open_source(reference)
-    check_alike([*models, *(one for one in (start, measured) if one is not None)])
+    check_alike(models, [one for one in (start, measured) if one is not None])
+    parts = parts_of(paths[0])
     unfinished = target.with_name(target.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -101,8 +101,10 @@ def merge_folders(
     try:
         report = _merge(models, start, measured, info, unfinished, max_shard_bytes)
         for file in sorted(paths[0].iterdir()):
-            if file.is_file() and file.suffix not in _WEIGHTS and file.name not in _OWN_FILES:
+            if file.is_file() and file.suffix not in WEIGHTS and file.name not in _OWN_FILES:
                 shutil.copy(file, unfinished)
+        for part in parts:
+            shutil.copytree(paths[0] / part, unfinished / part)
         (unfinished / "litpost.json").write_text(json.dumps(info, indent=1) + "\n")
         told = {"reference": None if measured is None else str(measured.path), **asdict(report)}
         (unfinished / _REPORT).write_text(json.dumps(info | told, indent=1) + "\n")

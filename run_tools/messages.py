@@ -56,6 +56,8 @@ def explain(error: BaseException, conf: Path) -> str | None:
         "ValidationError",
     ):
         return " ".join(text.split())
+    if kind == "InterpolationResolutionError":  # of our own resolvers: they say it well
+        text = re.sub(r"^\w+ raised while resolving interpolation: ", "", text.splitlines()[0])
     if isinstance(error, USER_ERRORS) or kind in ("MisconfigurationException", "RuntimeError"):
         if kind == "RuntimeError" and "bad_batch.pt" not in text:
             return None

@@ -29,6 +29,8 @@ ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
     "writing_file": lambda i: {"prompt": f"Write: text {i}.", "type": ("long", "short")[i % 2]},
     "gsm8k_file": lambda i: {"question": f"What is {i} + 1?", "answer": f"Add.\n#### {i + 1}"},
     "countdown_file": lambda i: {"nums": [i, 2, 3], "target": i + 5},
+    "pair_file": lambda i: {"query": f"What is {i}?", "positive": f"{i} is a number."},
+    "sts_file": lambda i: {"sentence1": f"the {i}", "sentence2": f"number {i}", "score": i % 6},
     "chat_file": lambda i: {"prompt": f"Tell me about the number {i}."},
     "instruction_file": lambda i: {
         "prompt": f"Write {i} words without a comma.",

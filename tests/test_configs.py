@@ -17,11 +17,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from lightning_modules.backbones.tiny import TinyOptions, build_tiny
+from lightning_modules.backbones.tiny_encoder import TinyEncoderOptions, build_tiny_encoder
 from run_tools.folder import RunFolder, flatten
 from tests.data_files import data_options, write_judge, write_reward_model
-from tests.runs import ONE_UPDATE, REPO, SMALL, board, command, main, read_jsonl, scalars, small
+from tests.models import MODELS, POLICY_MODELS, composed, has_rollouts
+from tests.runs import (
+    ONE_UPDATE,
+    REPO,
+    SMALL,
+    board,
+    command,
+    existing,
+    main,
+    read_jsonl,
+    scalars,
+    small,
+)
 
 CONF = REPO / "conf"
+#: Of every tiny backbone the keys that it has.
 UNFITTED = [*SMALL, "backbone.warm_start.steps=0"]
 Make = Callable[..., Any]
 
@@ -35,7 +49,8 @@ def options(group: str) -> list[str]:
 GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in ("hydra", "claim"))
 PARTS = [(group, name) for group in GROUPS for name in options(group) if group != "experiment"]
 CLAIMS = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in CONF.glob("claim/*/*.yaml"))
-MODELS = options("model")
+#: One model of each kind of data and of backbone: what options of theirs are tried with.
+KINDS = {name: composed(f"model={name}") for name in ("grpo", "contrastive", "cocoa")}
 
 
 def test_the_groups_are_those_of_the_design() -> None:
@@ -57,10 +72,10 @@ def build(config: Any, folder: Path) -> tuple[Any, Any, Any]:
     """Data, module and trainer of a config, built as ``train.run`` does it."""
     with open_dict(config):
         config.run_dir, config.predictions = str(folder), str(folder / "predictions.jsonl")
+    shrink(config)
     train.check_config(train.plain(config))
     data = instantiate(config.data, _convert_="all")
     backbone = train.prepare_backbone(config, data)
-    data.bind(AutoTokenizer.from_pretrained(backbone["path"]))
     module = train.build_module(config, backbone)
     module.configure_model()
     trainer = train.build_trainer(config, data, RunFolder(folder))
@@ -68,22 +83,60 @@ def build(config: Any, folder: Path) -> tuple[Any, Any, Any]:
     built = {f"{type(c).__module__}.{type(c).__name__}" for c in trainer.callbacks}
     assert names <= built
     assert len(trainer.loggers) == len(config.logger)
+    probe = probe_policy if has_rollouts(config) else probe_embedding
+    probe(data, module, backbone["path"])
+    return data, module, trainer
+
+
+def shrink(config: Any) -> None:
+    """Set those of ``UNFITTED`` that the config has."""
+    for key, value in (text.split("=") for text in existing(UNFITTED, config)):
+        OmegaConf.update(config, key, int(value))
+
+
+def probe_policy(data: Any, module: Any, path: str) -> None:
+    """A prompt of each evaluation has finite logits."""
+    data.bind(AutoTokenizer.from_pretrained(path))
     for split in ("val", "test"):
         batch = next(iter(getattr(data, f"{split}_dataloader")()))
         prompt = data.task.prompt(batch.items[0])
         ids = torch.tensor([prompt.token_ids])
         with torch.no_grad():
             assert module.policy(ids).logits.isfinite().all()
-    return data, module, trainer
+
+
+def probe_embedding(data: Any, module: Any, path: str) -> None:
+    """The first items of each evaluation have finite vectors."""
+    data.prepare(path, "unused")
+    module.after_load(data)
+    for split in ("val", "test"):
+        (one,) = next(iter(getattr(data, f"{split}_dataloader")())).items
+        items = one.queries if hasattr(one, "queries") else one.first
+        vectors = module.embed(items[:2], "query")
+        assert vectors.shape == (2, module.policy.width)
+        assert vectors.isfinite().all()
+        assert not torch.equal(vectors[0], vectors[1])
+
+
+def kind_of(group: str, name: str) -> str:
+    """The model that an option is tried with: one of its own kind of data or backbone."""
+    config = composed("model=grpo", f"{group}={name}")
+    mine = {"data": config.data._target_, "backbone": config.backbone.get("family")}
+    for kind, other in KINDS.items():
+        theirs = {"data": other.data._target_, "backbone": other.backbone.family}
+        if group in mine and mine[group] == theirs[group]:
+            return kind
+    return "grpo"
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_model(model: str, make_config: Make, tmp_path: Path) -> None:
-    config = make_config(f"model={model}", *UNFITTED, smoke=False)
+    config = make_config(f"model={model}", smoke=False)
     assert config.name == model
     data, module, trainer = build(config, tmp_path)
     assert f"{type(module).__module__}.{type(module).__qualname__}" == config.model._target_
-    assert trainer.max_steps == config.trainer.max_steps > 0
+    assert trainer.max_steps == config.trainer.max_steps
+    assert (trainer.max_steps > 0) != (trainer.max_epochs > 0), "one of them ends the run"
     assert trainer.accumulate_grad_batches == data.window
     for arm in config.arms:
         changed = OmegaConf.merge(config, OmegaConf.from_dotlist(list(config.arms[arm])))
@@ -99,6 +152,7 @@ def test_option(
     script.write_text('{"uid": "1", "token_ids": [3]}\n')
     needs = {
         "backbone=hf": [f"backbone.path={tiny_folder}", "backbone.dtype=float32"],
+        "backbone=minilm": ["data=pair_file", *data_options(tmp_path, "pair_file")],
         "reward=model": [f"reward.path={reward_model}", "reward.dtype=float32"],
         "reward=judge": [f"reward.path={write_judge(tmp_path)}"] if name == "judge" else [],
         "engine=scripted": [f"engine.path={script}"],
@@ -107,9 +161,9 @@ def test_option(
     }
     choice = f"{group}={name}"
     own = needs.get(choice, data_options(tmp_path, name) if group == "data" else [])
-    tiny = [] if choice == "backbone=hf" else UNFITTED
-    model = [] if group == "model" else ["model=grpo"]
-    config = make_config(*model, choice, *own, *tiny, smoke=False)
+    kind = "contrastive" if choice == "backbone=minilm" else kind_of(group, name)
+    model = [] if group == "model" else [f"model={kind}"]
+    config = make_config(*model, choice, *own, smoke=False)
     build(config, tmp_path)
 
 
@@ -130,7 +184,7 @@ def test_experiment(name: str, make_config: Make, tmp_path: Path, reward_model: 
             "model": [f"reward.path={reward_model}", "reward.dtype=float32"],
             "judge": [f"reward.path={write_judge(tmp_path)}", "reward.judge.engine=null"],
         }.get(groups.get("override /reward"), [])
-    config = make_config(f"experiment={name}", *small, *UNFITTED, smoke=False)
+    config = make_config(f"experiment={name}", *small, smoke=False)
     build(config, tmp_path)
     wanted = {k: v for k, v in flatten(OmegaConf.to_container(recipe)).items() if k != "defaults"}
     got = flatten(train.plain(config))
@@ -143,10 +197,13 @@ def test_experiment(name: str, make_config: Make, tmp_path: Path, reward_model: 
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_claim(claim: str, make_config: Make, tmp_path: Path) -> None:
     _, paper, arm = claim.split("/")
-    config = make_config(f"+claim/{paper}={arm}", *UNFITTED, smoke=False)
+    config = make_config(f"+claim/{paper}={arm}", smoke=False)
     merge = config.backbone.merge
+    words = instantiate(config.data.task).vocabulary()
     for folder in merge.folders if merge else []:  # exports of other arms of this claim
-        build_tiny(folder, instantiate(config.data.task).vocabulary(), TinyOptions(), seed=0)
+        build_tiny(folder, words, TinyOptions(), seed=0)
+    if config.backbone.path:
+        build_tiny_encoder(config.backbone.path, words, TinyEncoderOptions(), seed=0)
     if "path" in (config.data.get("reward") or {}):  # the judge that another arm trained
         write_judge(Path(config.data.reward.path).parent)
     assert (config.claim.name, config.claim.arm) == (paper, arm)
@@ -213,7 +270,7 @@ def test_help_lists_groups_options_and_commands() -> None:
 # --- what a finished run leaves ---------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=POLICY_MODELS)
 def finished(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import train
+from tests.models import POLICY_MODELS
 from tests.runs import (
     FEW,
     REPO,
@@ -48,10 +49,9 @@ BASE = [
     f"trainer.max_steps={STEPS}",
     "callbacks.sample_table.keep=all",
 ]
-MODELS = sorted(path.stem for path in (REPO / "conf" / "model").glob("[!_]*.yaml"))
 #: Every method, and one whose rollouts last several steps of several micro-batches.
 CASES = {
-    **{name: [f"model={name}"] for name in MODELS},
+    **{name: [f"model={name}"] for name in POLICY_MODELS},
     "grpo-pending": ["model=grpo", "data.passes=2", "data.mini_batches=2", "data.micro_batches=2"],
 }
 #: Moments at which a run is killed, each once, in an order and after a number of steps that a

@@ -21,11 +21,13 @@ class ImageText:
         key: Equal for equal items, such as the file's path or the scene's number.
         image: File, PIL image or array ``(H, W, 3)`` uint8.
         text: Read after the image.
+        where: ``file:line``, for messages; "" where nothing was read.
     """
 
     key: str
     image: Any = field(compare=False, repr=False)
     text: str = ""
+    where: str = field(default="", compare=False)
 
 
 Item: TypeAlias = "str | ImageText"

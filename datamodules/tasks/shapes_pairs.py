@@ -116,8 +116,9 @@ class ShapesPairs(ShapesCaption, ImageTextTask):
         def make(place: int) -> Bridge:
             scene, draw = scenes[place % len(scenes)], place // len(scenes)
             first, second = self.text_pair(scene, draw)
-            # every stretch of 1 / text_share rows has one of texts
-            is_text = int((place + 1) * self.text_share) > int(place * self.text_share)
+            # one in every 1 / text_share, of a draw's scenes and of a scene's draws
+            number = place % len(scenes) + draw
+            is_text = int((number + 1) * self.text_share) > int(number * self.text_share)
             source = first if is_text else self.item(scene)
             return Bridge(f"{scene.uid}/{draw}", source, second)
 

@@ -46,16 +46,16 @@ def stream_weights(policy: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def backbone_files(path: str) -> dict[str, str]:
-    """Texts of a backbone's tokenizer and generation defaults, by file name.
+    """Texts of a backbone's tokenizer, image processor and generation defaults, by file name.
 
     Args:
         path: Folder or hub name.
     """
     with tempfile.TemporaryDirectory() as folder:
         AutoTokenizer.from_pretrained(path).save_pretrained(folder)
-        defaults = Path(path, "generation_config.json")
-        if defaults.is_file():
-            shutil.copy(defaults, folder)
+        for name in ("generation_config.json", "preprocessor_config.json"):
+            if Path(path, name).is_file():
+                shutil.copy(Path(path, name), folder)
         files = [file for file in Path(folder).iterdir() if file.is_file()]
         return {file.name: file.read_text(encoding="utf-8") for file in sorted(files)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig
 
 from lightning_modules.options import BackboneOptions, LoraOptions
@@ -72,3 +73,36 @@ def add_lora(model: Any, lora: LoraOptions, task_type: str) -> Any:
             task_type=task_type,
         ),
     )
+
+
+@torch.no_grad()
+def fold_adapters(model: Any, seed: int) -> None:
+    """Add what the adapters have learnt to the weights under them, and start them afresh.
+
+    The model computes what it did before: fresh adapters add nothing (B is 0, A as PEFT draws it).
+
+    Args:
+        model: A PEFT model or what holds one, sharded or not; every rank must call it.
+        seed: Of the fresh adapters, equal on all ranks.
+    """
+    for unit in model.modules():
+        if hasattr(unit, "reshard"):  # after an evaluation FSDP may still hold a gathered copy
+            unit.reshard()
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if not hasattr(module, "get_delta_weight"):
+            continue
+        weight = module.base_layer.weight
+        for adapter in module.active_adapters:
+            delta = module.get_delta_weight(adapter)
+            weight.copy_(weight.to(torch.promote_types(weight.dtype, torch.float32)) + delta)
+            first, second = (part[adapter].weight for part in (module.lora_A, module.lora_B))
+            bound = first.shape[1] ** -0.5
+            fresh = torch.empty(first.shape).uniform_(-bound, bound, generator=generator)
+            if isinstance(first, DTensor):
+                first.copy_(
+                    distribute_tensor(fresh.to(first.device), first.device_mesh, first.placements)
+                )
+            else:
+                first.copy_(fresh)
+            second.zero_()

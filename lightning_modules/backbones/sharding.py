@@ -115,7 +115,14 @@ class FSDP2(ModelParallelStrategy):
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks: items of the longest ``ModuleList`` of each part."""
+    """The repeated blocks: the model's own ``blocks``, or items of its longest ``ModuleList``.
+
+    Every rank must run each of them in every forward pass: a part that a batch may do without (a
+    vision tower) names others as its ``blocks``.
+    """
+    own = getattr(model, "blocks", None)
+    if own is not None:
+        return list(own)
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return list(max(lists, key=len, default=[]))
 

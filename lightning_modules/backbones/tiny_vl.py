@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from datamodules.prepared import prepare
-from lightning_modules.backbones.tiny import EOS, PAD, UNK, word_tokenizer
+from lightning_modules.backbones.tiny import EOS, PAD, UNK, byte_tokenizer, word_tokenizer
 from lightning_modules.options import read_options
 
 MASK = "<mask>"
@@ -63,27 +63,27 @@ class TinyVLOptions:
 
 
 def build_tiny_vl(
-    folder: str | Path, vocabulary: Sequence[str], options: TinyVLOptions, seed: int
+    folder: str | Path, vocabulary: Sequence[str] | None, options: TinyVLOptions, seed: int
 ) -> None:
     """Write a random Qwen2.5-VL, its tokenizer and its image processor as a Hugging Face folder.
 
     Args:
         folder: Where to.
         vocabulary: Words of a word-level tokenizer, which also has ``<pad> <unk> <eos> <mask>``
-            and Qwen's vision tokens.
+            and Qwen's vision tokens; None makes a byte-level one.
         options: Shape.
         seed: Of the weights.
 
     Raises:
         ValueError: A word is there twice, or the heads do not fit the widths.
     """
-    words = [MASK, *VISION, *vocabulary]
+    words = [MASK, *VISION, *(vocabulary or [])]
     taken = {PAD, UNK, EOS}
     for word in words:
         if word in taken:
             raise ValueError(f"the vocabulary has {word!r} twice, or it is a special token")
         taken.add(word)
-    tokenizer = word_tokenizer(words)
+    tokenizer = byte_tokenizer() if vocabulary is None else word_tokenizer(words)
     tokenizer.add_special_tokens({"mask_token": MASK, "additional_special_tokens": list(VISION)})
     start, end, image, video = (tokenizer.get_vocab()[word] for word in VISION)
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
@@ -140,11 +140,6 @@ def prepare_tiny_vl(
     """
     shape = read_options(TinyVLOptions, tiny, "backbone.tiny")
     words = task.vocabulary()
-    if words is None:
-        raise ValueError(
-            f"backbone=tiny_vl needs a task with a vocabulary, and {task.name!r} has none: give "
-            f"backbone=hf backbone.path=<a Qwen-VL folder>"
-        )
     material = {"format": 1, "vocabulary": words, "tiny_vl": asdict(shape), "seed": seed}
     return prepare(cache_dir, "vl", material, lambda at: build_tiny_vl(at, words, shape, seed))
 

@@ -84,6 +84,7 @@ def load_vl(
     attn_implementation: str = "sdpa",
     mask_token: str | None = None,
     revision: str | None = None,
+    random_init: bool = False,
 ) -> VisionLanguage:
     """Load a folder or hub name of a Qwen2-VL or Qwen2.5-VL, in training mode.
 
@@ -94,6 +95,7 @@ def load_vl(
         mask_token: A token that the tokenizer knows; None takes its own mask token, if any. A
             released Qwen has none: name a token that your texts do not use.
         revision: Of the hub repository.
+        random_init: Take the configuration only: a checkpoint brings the weights.
 
     Raises:
         ValueError: Something is missing or cannot be loaded, it is another architecture, the image
@@ -102,15 +104,19 @@ def load_vl(
     where = f"backbone.path={str(path)!r}"
     shared: dict[str, Any] = {"revision": revision or "main"}
     try:
-        model_type = AutoConfig.from_pretrained(path, **shared).model_type
-        if model_type not in MODELS:
-            raise ValueError(f"its type is {model_type!r}, not one of {', '.join(MODELS)}")
-        model = getattr(transformers, MODELS[model_type]).from_pretrained(
-            path,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            attn_implementation=attn_implementation,
-            **shared,
-        )
+        config = AutoConfig.from_pretrained(path, **shared)
+        if config.model_type not in MODELS:
+            kind = config.model_type
+            raise ValueError(f"its type is {kind!r}, not one of {', '.join(MODELS)}")
+        cls: Any = getattr(transformers, MODELS[config.model_type])
+        known = dtype if dtype == "auto" else getattr(torch, dtype)
+        if random_init:
+            kept = config.dtype if known == "auto" else known
+            model = cls._from_config(config, dtype=kept, attn_implementation=attn_implementation)
+        else:
+            model = cls.from_pretrained(
+                path, dtype=known, attn_implementation=attn_implementation, **shared
+            )
         tokenizer = AutoTokenizer.from_pretrained(path, **shared)
         processor: Any = Qwen2VLImageProcessorPil.from_pretrained(path, **shared)
     except (OSError, ValueError) as error:

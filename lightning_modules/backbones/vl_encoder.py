@@ -58,6 +58,8 @@ class VisionLanguageEncoder(nn.Module):
         super().__init__()
         model: Any = vl.model
         decoder = ImageDecoder(model) if image_decoder else None
+        if decoder is not None and lora is not None:
+            decoder.float()  # trained whole: as wide as the adapters, which PEFT keeps in float32
         self.model = model if lora is None else add_lora(model, lora, "FEATURE_EXTRACTION")
         self.image_decoder = decoder
         options = kernel or KernelOptions()
@@ -68,6 +70,14 @@ class VisionLanguageEncoder(nn.Module):
     def base(self) -> Any:
         """The Hugging Face model itself, adapters or not."""
         return self.model.get_base_model() if self.has_adapter else self.model
+
+    @property
+    def blocks(self) -> Any:
+        """Layers of the language model, which alone are sharded one by one.
+
+        A batch without images does not run the vision tower, and ranks may differ in that.
+        """
+        return self.base.model.language_model.layers
 
     @property
     def has_adapter(self) -> bool:
@@ -131,22 +141,42 @@ class VisionLanguageEncoder(nn.Module):
         hidden = base.model(
             input_ids=input_ids, attention_mask=additive_mask, use_cache=False, **keywords
         ).last_hidden_state
+        rebuilds = image_rows is not None and self.image_decoder is not None
+        head = base.get_output_embeddings()
+        nothing = self._unused(
+            base.model.visual if images is None else None,
+            None if rebuilds else self.image_decoder,
+            head if masked is None else None,
+        )
         if pool is not None:
             wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
             weights = pool.to(wide.dtype)
-            return (wide * weights[:, :, None]).sum(1) / weights.sum(1, keepdim=True)
+            return (wide * weights[:, :, None]).sum(1) / weights.sum(1, keepdim=True) + nothing
         assert masked is not None
-        found = base.get_output_embeddings()(
-            hidden[masked.rows, masked.read_positions], masked.targets, with_entropy=False
-        )
+        read = hidden[masked.rows, masked.read_positions]
+        found = head(read, masked.targets, with_entropy=False)
         pixels = None
-        if image_rows is not None and self.image_decoder is not None:
-            rotary = base.model.language_model.rotary_emb
-            positions = keywords["position_ids"]
-            pixels = self.image_decoder(hidden, additive_mask, rotary(hidden, positions))[
-                image_rows
-            ]
-        return Rebuilt(found.logprob, pixels)
+        if rebuilds:
+            assert self.image_decoder is not None
+            rotary = base.model.language_model.rotary_emb(hidden, keywords["position_ids"])
+            pixels = self.image_decoder(hidden, additive_mask, rotary)[image_rows]
+        return Rebuilt(found.logprob + nothing, pixels)
+
+    def _unused(self, *parts: nn.Module | None) -> Tensor | float:
+        """0 with the parameters of these parts in its graph.
+
+        DDP waits for all parameters, and FSDP for the same ones on all ranks.
+        """
+        if not torch.is_grad_enabled():
+            return 0.0
+        touched = [
+            parameter.flatten()[:1].sum().float()
+            for part in parts
+            if part is not None
+            for parameter in part.parameters()
+            if parameter.requires_grad
+        ]
+        return 0.0 * torch.stack(touched).sum() if touched else 0.0
 
 
 class ImageDecoder(nn.Module):
@@ -172,7 +202,11 @@ class ImageDecoder(nn.Module):
 
     def forward(self, hidden: Tensor, attention: Tensor, rotary: Any) -> Tensor:
         """Pixels ``(B, L, merge^2 C)`` of every position; only those of masked ones are used."""
-        made = self.layer(hidden, attention_mask=attention, position_embeddings=rotary)
+        dtype = self.head.weight.dtype
+        turns = tuple(part.to(dtype) for part in rotary)
+        made = self.layer(
+            hidden.to(dtype), attention_mask=attention.to(dtype), position_embeddings=turns
+        )
         made = made[0] if isinstance(made, tuple) else made
         pixels: Tensor = self.head(made)
         return pixels
@@ -204,6 +238,7 @@ def load_vl_encoder(
         attn_implementation=options.attn_implementation,
         mask_token=mask_token,
         revision=options.revision,
+        random_init=options.random_init,
     )
     if options.gradient_checkpointing:
         vl.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -117,6 +117,14 @@ class EmbeddingModule(VectorModule):
         self.policy = load_encoder(
             self.backbone_options, self.lora_options, attention=self.attention
         )
+        self.check_slices()
+
+    def check_slices(self) -> None:
+        """Refuse slices that are longer than the vectors.
+
+        Raises:
+            ValueError: One is.
+        """
         longest = max(self.matryoshka_dims or [1])
         if longest > self.policy.width:
             raise ValueError(
@@ -257,5 +265,9 @@ class EmbeddingModule(VectorModule):
     def write_extras(self, folder: Path) -> None:
         """What makes the folder one of sentence-transformers, too."""
         write_sentence_transformers(
-            folder, self.texts, width=self.policy.width, normalize=self.normalize
+            folder,
+            self.texts,
+            width=self.policy.width,
+            normalize=self.normalize,
+            without_pooler=getattr(self.policy.base, "pooler", self) is None,
         )

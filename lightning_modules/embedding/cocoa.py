@@ -13,11 +13,13 @@ Hooks: ``warmup_loss``, ``bridge_loss``, and those of ``EmbeddingModule``. The s
 lengths are ``data.stages``; optimizer states are cleared and the learning rate starts again with
 each. [paper: figure; code: masks, data format, scripts] The trainers and collators of the release
 are missing, so what is drawn and how losses are averaged is [our choice]: always the mask token,
-the mean over the masked tokens of all ranks.
+the mean over the masked tokens of all ranks. A row's draws depend on the row alone, so that ranks
+that share a batch mask what one process would.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,8 +27,10 @@ from torch import Tensor
 
 from datamodules.image_text import ReconstructionBatch
 from datamodules.images import EncodedImages, join_images
+from datamodules.sources import stable_hash
 from datamodules.tasks.embedding import BridgeSet
 from datamodules.texts import Encoded, chunk_of
+from lightning_modules.backbones.loading import fold_adapters
 from lightning_modules.backbones.vl_encoder import VisionLanguageEncoder, load_vl_encoder
 from lightning_modules.embedding.base import EmbeddingModule
 from lightning_modules.embedding.gathering import joined_mean
@@ -36,8 +40,10 @@ from lightning_modules.functional.attention_masks import (
     bridge_mask,
     causal_mask,
     mask_tokens,
+    span_draws,
 )
 from lightning_modules.functional.choices import check_choice
+from lightning_modules.functional.states import reshard
 from lightning_modules.functional.sums import masked_sum_count
 
 
@@ -46,16 +52,19 @@ class CoCoA(EmbeddingModule):
 
     Args:
         text_mask: Share of caption tokens masked in the warm-up (0.2 [paper: figure; code]).
-        image_mask: Share of image tokens masked there (0.5 [paper: figure], 0.3 [code]); 0 for
-            none.
-        image_weight: Of the patches' loss (0.5 [code]); 0 leaves the image decoder out.
+        image_mask: Share of image tokens masked there, at least one an image (0.5 [paper: figure],
+            0.3 [code]); 0 for none.
+        image_weight: Of the patches' loss (0.5 [code]); with 0 no patches are masked.
         bridge_mask: Share of B's tokens masked (0.7 [paper: figure; code]).
         eos_sees_b: Whether the bridge attends to B [paper, code]; without it the bridge is what the
             third stage will use, where there is no B [our choice of an ablation].
         a_sees_eos: Whether A attends to the bridge.
         mask_token: Token that stands for what is masked; None for the tokenizer's own.
         read: ``bidirectional`` or ``causal`` (the baseline of VLM2Vec): attention of the vectors.
-        **kwargs: Of ``EmbeddingModule``.
+        merge_lora_between_stages: Add adapters to the weights at the end of a stage and start the
+            next one with fresh ones [code: merge; at which ends is not said]. Checkpoints then hold
+            all weights.
+        **kwargs: Of ``EmbeddingModule``; ``attention`` is not for this method.
 
     Raises:
         ValueError: A value is out of range.
@@ -74,6 +83,7 @@ class CoCoA(EmbeddingModule):
         a_sees_eos: bool = True,
         mask_token: str | None = None,
         read: Literal["bidirectional", "causal"] = "bidirectional",
+        merge_lora_between_stages: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -88,18 +98,20 @@ class CoCoA(EmbeddingModule):
             problems.append(f"model.image_mask={image_mask} must be from 0 to 1")
         if image_weight < 0:
             problems.append(f"model.image_weight={image_weight} must be at least 0")
+        if self.attention != "own":
+            problems.append(f"model.attention={self.attention!r}: use model.read here")
         if problems:
             raise ValueError("; ".join(problems))
         self.text_mask, self.image_mask, self.image_weight = text_mask, image_mask, image_weight
         self.bridge_mask, self.eos_sees_b, self.a_sees_eos = bridge_mask, eos_sees_b, a_sees_eos
         self.mask_token, self.read = mask_token, read
-        self._stage_ends: list[int] = []
+        self.merge_lora_between_stages = merge_lora_between_stages
 
     def build(self) -> None:
         """Load the model, with a decoder of patches where their loss counts.
 
         Raises:
-            ValueError: Nothing says which token masks.
+            ValueError: Nothing says which token masks, or a slice is longer than the vectors.
         """
         self.policy = load_vl_encoder(
             self.backbone_options,
@@ -113,43 +125,43 @@ class CoCoA(EmbeddingModule):
                 "the tokenizer has no mask token: name a token that your texts do not use, such "
                 "as model.mask_token='<|box_end|>'"
             )
+        self.check_slices()
 
     # ------------------------------------------------------------------ stages
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """First micro-batch of a stage: optimizer states of the last one are gone."""
+        """First micro-batch of a stage: optimizer states are gone, adapters are in the weights."""
         super().on_train_batch_start(batch, batch_idx)
         steps = self.stage_steps(0)
         borders = [sum(steps[: number + 1]) for number in range(len(steps) - 1)]
         is_first = batch_idx % self.trainer.accumulate_grad_batches == 0
-        if is_first and self.global_step in borders:
-            for optimizer in self.trainer.optimizers:
-                optimizer.state.clear()
+        if not is_first or self.global_step not in borders:
+            return
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
+        if self.merge_lora_between_stages and self.lora_options is not None:
+            fold_adapters(self.policy, seed=self.global_step)
+            self.saves_all = True
+
+    def _is_saved(self, name: str) -> bool:
+        # beside adapters it is the one part that is trained whole
+        return name.startswith("policy.image_decoder.") or super()._is_saved(name)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of the batch's stage."""
         if not isinstance(batch, ReconstructionBatch):
-            return super().training_step(batch, batch_idx) + self.untouched()
+            return super().training_step(batch, batch_idx)
         self.clear_gradients(batch_idx)
-        generator = torch.Generator().manual_seed(batch.seed)
-        loss = self.warmup_loss if batch.stage == "warmup" else self.bridge_loss
-        return loss(batch, generator) + self.untouched()
+        return self.warmup_loss(batch) if batch.stage == "warmup" else self.bridge_loss(batch)
 
-    def untouched(self) -> Tensor:
-        """0 with all parameters in its graph: a stage may leave some out, and DDP waits for all."""
-        if self.device_mesh is not None:
-            return torch.zeros((), device=self.device)
-        touched = [p.flatten()[:1].sum() for p in self.parameters() if p.requires_grad]
-        return 0.0 * torch.stack(touched).sum()
-
-    def warmup_loss(self, batch: ReconstructionBatch, generator: torch.Generator) -> Tensor:
+    def warmup_loss(self, batch: ReconstructionBatch) -> Tensor:
         """Masked captions and masked patches, everything seeing everything (section 2.1)."""
         chunk = self.padded(batch.items)
-        masked = self.mask(chunk, batch.spans, self.text_mask, generator)
+        masked = self.mask(chunk, batch.spans, self.text_mask, batch.seeds)
         images = join_images(chunk.images)
         where, pixels = None, None
         if images is not None and self.policy.image_decoder is not None:
-            images, where, pixels = self.mask_images(chunk, images, generator)
+            images, where, pixels = self.mask_images(chunk, images, batch.seeds)
         rebuilt = self.policy(
             masked.input_ids,
             chunk.mask,
@@ -166,9 +178,9 @@ class CoCoA(EmbeddingModule):
         self.record({"train/loss": (loss.detach(), 1.0)})
         return loss
 
-    def bridge_loss(self, batch: ReconstructionBatch, generator: torch.Generator) -> Tensor:
+    def bridge_loss(self, batch: ReconstructionBatch) -> Tensor:
         """Block B from the bridge alone (section 2.2)."""
-        logprobs = self.bridged(batch.items, batch.spans, batch.bridges, generator)
+        logprobs = self.bridged(batch.items, batch.spans, batch.bridges, batch.seeds)
         loss = self.token_loss("bridge", logprobs)
         self.record({"train/loss": (loss.detach(), 1.0)})
         return loss
@@ -178,11 +190,11 @@ class CoCoA(EmbeddingModule):
         items: list[Encoded],
         spans: list[tuple[int, int]],
         bridges: list[int],
-        generator: torch.Generator,
+        seeds: list[int],
     ) -> Tensor:
         """Log-probs ``(K,)`` of the masked tokens of B, through the cut attention."""
         chunk = self.padded(items)
-        masked = self.mask(chunk, spans, self.bridge_mask, generator)
+        masked = self.mask(chunk, spans, self.bridge_mask, seeds)
         attention = bridge_mask(
             chunk.mask,
             torch.tensor(bridges, device=self.device),
@@ -199,14 +211,11 @@ class CoCoA(EmbeddingModule):
         return chunk_of(items, self.texts.pad_id).to(self.device)
 
     def mask(
-        self,
-        chunk: Any,
-        spans: list[tuple[int, int]],
-        share: float,
-        generator: torch.Generator,
+        self, chunk: Any, spans: list[tuple[int, int]], share: float, seeds: list[int]
     ) -> MaskedTokens:
-        """Mask a share of the tokens of each span."""
-        places = torch.arange(chunk.input_ids.shape[1], device=self.device)
+        """Mask a share of the tokens of each span, at least one."""
+        length = chunk.input_ids.shape[1]
+        places = torch.arange(length, device=self.device)
         limits = torch.tensor(spans, device=self.device)
         assert self.policy.mask_id is not None
         return mask_tokens(
@@ -216,13 +225,15 @@ class CoCoA(EmbeddingModule):
             probability=share,
             mask_id=self.policy.mask_id,
             special_ids=self.policy.special_ids,
-            generator=generator,
+            draws=span_draws(spans, seeds, length),
         )
 
     def mask_images(
-        self, chunk: Any, images: EncodedImages, generator: torch.Generator
+        self, chunk: Any, images: EncodedImages, seeds: list[int]
     ) -> tuple[EncodedImages, tuple[Tensor, Tensor], Tensor]:
-        """Noise in place of a share of the image tokens' pixels, at least one in all (MoCa [code]).
+        """Noise in place of a share of the image tokens' pixels (MoCa [code]).
+
+        At least one token of each row that has an image [our choice].
 
         Returns:
             The images with noise, rows and places of the masked tokens, and their true pixels
@@ -230,14 +241,22 @@ class CoCoA(EmbeddingModule):
         """
         config = self.policy.config
         merge = config.vision_config.spatial_merge_size**2
-        rows, places = (chunk.input_ids == config.image_token_id).nonzero(as_tuple=True)
-        draws = torch.rand(len(rows), generator=generator)
-        chosen = (draws < self.image_mask) | (draws == draws.min())
         patches = images.pixel_values.unflatten(0, (-1, merge))
+        is_image = chunk.input_ids == config.image_token_id
+        masks, noises = [], []
+        for seed, count in zip(seeds, is_image.sum(1).tolist(), strict=True):
+            if not count:
+                continue
+            generator = torch.Generator().manual_seed(seed + 1)  # the seed itself masks the text
+            draws = torch.rand(count, generator=generator)
+            masks.append((draws < self.image_mask) | (draws == draws.min()))
+            shape = (int(masks[-1].sum()), *patches.shape[1:])
+            noises.append(torch.randn(shape, generator=generator))
+        chosen = torch.cat(masks)
         true = patches[chosen].flatten(1)
-        noise = torch.randn(true.shape, generator=generator).view_as(patches[chosen])
         noisy = patches.clone()
-        noisy[chosen] = noise.to(noisy)
+        noisy[chosen] = torch.cat(noises).to(noisy)
+        rows, places = is_image.nonzero(as_tuple=True)
         where = chosen.to(rows.device)
         masked = EncodedImages(noisy.flatten(0, 1), images.image_grid_thw)
         return masked, (rows[where], places[where]), true.float()
@@ -262,8 +281,9 @@ class CoCoA(EmbeddingModule):
         """
         values = super().finish_evaluation(split)
         tag = "val/retrieval/recall_at_1"
-        before = sum(self.stage_steps(0)[:-1])
-        if split == "val" and tag in values and self.global_step > before:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        is_due = split == "val" and data.stage_at(self.global_step) == "contrastive"
+        if is_due and tag in values:
             points = self.results.get("val/area_points", 0.0) + 1.0
             mean = self.results.get("val/area", 0.0)
             values["val/area"] = mean + (values[tag] - mean) / points
@@ -286,8 +306,8 @@ class CoCoA(EmbeddingModule):
     def measure(self, one: Any) -> dict[str, float]:
         """Metrics of an evaluation set; of a ``BridgeSet`` how well B is rebuilt.
 
-        ``gap`` is what the bridge tells: the loss with another row's A minus the loss, in nats a
-        token. At 0 the stage has taught nothing (card, section 8).
+        ``gap`` is what the bridge tells: the loss with another row's A minus the loss, on the same
+        masked tokens, in nats a token. At 0 the stage has taught nothing (card, section 8).
         """
         if not isinstance(one, BridgeSet):
             return super().measure(one)
@@ -302,16 +322,23 @@ class CoCoA(EmbeddingModule):
             (one.rows[(place + shift) % len(one.rows)].source, row.target, row.where or row.uid)
             for place, row in enumerate(one.rows)
         ]
+        seeds = [stable_hash("bridge", row.uid) % 2**62 for row in one.rows]
         was_training = self.policy.training
         self.policy.eval()
         total, count = 0.0, 0
         try:
             for start in range(0, len(rows), data.eval_batch_size):
-                part = self.texts.bridge(rows[start : start + data.eval_batch_size])
-                items, spans, bridges = part
-                generator = torch.Generator().manual_seed(start)
-                logprobs = self.bridged(items, spans, bridges, generator)
+                part = slice(start, start + data.eval_batch_size)
+                items, spans, bridges = self.texts.bridge(rows[part])
+                logprobs = self.bridged(items, spans, bridges, seeds[part])
                 total, count = total + float(logprobs.sum()), count + len(logprobs)
         finally:
             self.policy.train(was_training)
+            reshard(self.policy)
         return total / max(count, 1)
+
+    # ------------------------------------------------------------------ export
+
+    def write_extras(self, folder: Path) -> None:
+        """The image processor. None for sentence-transformers: it would read texts causally."""
+        self.texts.processor.save_pretrained(folder)

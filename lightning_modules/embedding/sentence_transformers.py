@@ -13,7 +13,12 @@ _PACKAGE = "sentence_transformers.models"
 
 
 def write_sentence_transformers(
-    folder: Path, encoding: TextEncoding, *, width: int, normalize: bool
+    folder: Path,
+    encoding: TextEncoding,
+    *,
+    width: int,
+    normalize: bool,
+    without_pooler: bool = False,
 ) -> None:
     """Add ``modules.json``, pooling, normalisation and prompts to a folder with a model.
 
@@ -25,6 +30,8 @@ def write_sentence_transformers(
         encoding: How texts become tokens.
         width: Dimensions of a vector.
         normalize: Whether vectors have length 1.
+        without_pooler: The model was built without the pooling layer that its class knows; a random
+            one would be made there.
     """
     parts: list[dict[str, Any]] = [
         {"idx": 0, "name": "0", "path": "", "type": f"{_PACKAGE}.Transformer"},
@@ -50,13 +57,16 @@ def write_sentence_transformers(
         "default_prompt_name": None,
         "similarity_fn_name": "cosine" if normalize else "dot",
     }
-    longest = {"max_seq_length": max(encoding.max_tokens.values()), "do_lower_case": False}
+    model: dict[str, Any] = {"max_seq_length": max(encoding.max_tokens.values())}
+    model["do_lower_case"] = False
+    if without_pooler:
+        model["model_args"] = {"add_pooling_layer": False}
     for name in ("1_Pooling", "2_Normalize")[: len(parts) - 1]:
         (folder / name).mkdir(exist_ok=True)
     for path, content in (
         ("modules.json", parts),
         ("1_Pooling/config.json", pooling),
         ("config_sentence_transformers.json", own),
-        ("sentence_bert_config.json", longest),
+        ("sentence_bert_config.json", model),
     ):
         (folder / path).write_text(json.dumps(content, indent=1) + "\n")

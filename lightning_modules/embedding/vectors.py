@@ -16,6 +16,7 @@ from datamodules.texts import Encoded, Role, TextEncoding, chunks_of
 from lightning_modules.evaluation import EvaluatedModule
 from lightning_modules.functional.retrieval_metrics import retrieval_metrics, sts_metrics
 from lightning_modules.functional.search import top_k
+from lightning_modules.functional.states import reshard
 from lightning_modules.functional.sums import Metrics
 from lightning_modules.functional.uniformity import alignment, uniformity_sums
 
@@ -109,6 +110,7 @@ class VectorModule(EvaluatedModule):
             found = torch.cat([self.encode(chunk).float().cpu() for chunk in chunks])[places]
         finally:
             self.policy.train(was_training)
+            reshard(self.policy)
         return F.normalize(found, dim=-1) if self.normalize else found
 
     def evaluate(self, batch: Rows, split: str) -> Mapping[str, Metrics]:

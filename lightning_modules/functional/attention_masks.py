@@ -240,7 +240,8 @@ def mask_tokens(
     probability: float,
     mask_id: int,
     special_ids: Sequence[int],
-    generator: torch.Generator,
+    generator: torch.Generator | None = None,
+    draws: Tensor | None = None,
 ) -> MaskedTokens:
     """Mask each token of a span with a probability, at least one a row.
 
@@ -256,13 +257,14 @@ def mask_tokens(
         special_ids: Tokens never to be masked: EOS, vision and image tokens, the mask token.
         generator: Of the draws; made on its own device, so that a CPU one gives the same choice
             wherever the ids are.
+        draws: ``(B, L)`` numbers from 0 to 1 in place of a generator, see ``span_draws``.
 
     Returns:
         The masked ids, and ``K >= B`` tokens; the given ids are left as they are.
 
     Raises:
-        ValueError: Shapes differ, the probability is out of range, or a row has no token that can
-            be masked (names it).
+        ValueError: Shapes differ, the probability is out of range, neither or both of generator and
+            draws are given, or a row has no token that can be masked (names it).
 
     Example:
         >>> ids, all_ = torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.bool)
@@ -282,6 +284,15 @@ def mask_tokens(
     _check_valid(span, input_ids)
     if not 0 < probability <= 1:
         raise ValueError(f"probability={probability} must be over 0 and at most 1")
+    if draws is None:
+        if generator is None:
+            raise ValueError("give a generator or draws")
+        draws = torch.rand(input_ids.shape, generator=generator, device=generator.device)
+    elif generator is not None or draws.shape != input_ids.shape:
+        raise ValueError(
+            f"draws must have shape {tuple(input_ids.shape)} and come without a generator, got "
+            f"{tuple(draws.shape)}"
+        )
     valid = valid.bool()
     special = torch.tensor(list(special_ids), dtype=input_ids.dtype, device=input_ids.device)
     allowed = span.bool() & valid & ~torch.isin(input_ids, special)
@@ -293,7 +304,6 @@ def mask_tokens(
             f"row {empty[0]} has no token that can be masked: its span is empty, or holds only "
             f"special tokens or the first token of the row; leave the row out"
         )
-    draws = torch.rand(input_ids.shape, generator=generator, device=generator.device)
     draws = draws.to(input_ids.device).masked_fill(~allowed, 2.0)
     chosen = draws < probability
     # the least draw of a row: among those below the probability, or the one that has to be taken
@@ -301,6 +311,33 @@ def mask_tokens(
     rows, positions = chosen.nonzero(as_tuple=True)
     masked = input_ids.masked_fill(chosen, mask_id)
     return MaskedTokens(masked, rows, positions, input_ids[rows, positions])
+
+
+def span_draws(spans: Sequence[tuple[int, int]], seeds: Sequence[int], length: int) -> Tensor:
+    """Numbers from 0 to 1 that decide what is masked: the n-th of a span by its row's seed alone.
+
+    So what is masked of a row depends neither on its batch and padding nor on what precedes the
+    span: ranks that share a batch mask what one process would, and a block can be compared behind
+    two different ones [our choice].
+
+    Args:
+        spans: Of each row the first and last-plus-one place.
+        seeds: One a row.
+        length: L of the padded rows.
+
+    Returns:
+        ``(B, L)`` on the CPU; 1 outside the spans.
+
+    Example:
+        >>> one, other = span_draws([(1, 3), (2, 4)], [7, 7], 4)
+        >>> torch.equal(one[1:3], other[2:4])
+        True
+    """
+    draws = torch.ones(len(spans), length)
+    for row, ((first, end), seed) in enumerate(zip(spans, seeds, strict=True)):
+        generator = torch.Generator().manual_seed(seed)
+        draws[row, first:end] = torch.rand(end - first, generator=generator)
+    return draws
 
 
 def _with_padding(allowed: Tensor, valid: Tensor) -> Tensor:

@@ -16,6 +16,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
+def reshard(module: torch.nn.Module) -> None:
+    """Let go of gathered parameters: after a forward pass without a backward one FSDP2 keeps the
+    root's, and the module's parameters are then no shards.
+
+    Args:
+        module: Sharded in parts, or not at all.
+    """
+    for unit in module.modules():
+        if hasattr(unit, "reshard"):
+            unit.reshard()  # type: ignore[operator]
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor without shards and gradient."""
     gather = getattr(tensor.detach(), "full_tensor", None)

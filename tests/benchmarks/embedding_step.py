@@ -1,25 +1,25 @@
 """A contrastive step beside sentence-transformers': ``python -m tests.benchmarks.embedding_step``.
 
 MiniLM in float32, 256 pairs of about 12 and 40 words, chunks of 32 items, AdamW, gradients clipped
-at 1, dropout as the model has it. Beside ours stands ``CachedMultipleNegativesRankingLoss``. A cycle
-is one optimizer step of each arm on the same rows; medians of the cycles, after one to warm up.
-Ours are steps of a real Trainer with its hooks and metrics, theirs of a bare loop, which favours
-them. Token ids are made before ``ratio``'s clock starts; ``ratio_with_tokens`` has their making in
-both.
+at 1, dropout as the model has it. Beside ours stands ``CachedMultipleNegativesRankingLoss``. A
+cycle is one optimizer step of each arm on the same rows; medians of the cycles, after one to warm
+up. Ours are steps of a real Trainer with its hooks and metrics, theirs of a bare loop, which
+favours them. Token ids are made before the clock of ``ratio`` starts; ``ratio_with_tokens`` has
+their making in both.
 
 - ``equal memory`` keeps no graph: chunks of as many items as theirs, encoded twice as theirs are.
   ``budget N`` keeps graphs in N MiB.
 - ``spread``: 0 makes all queries and all passages equally long, so that both encode the same
-  tokens and pad nothing. At 0.4 queries have 7 to 17 words and passages 24 to 56. Then theirs pads:
-  it tokenizes a column whole, takes rows in their order and cuts a mini-batch to its own longest row
-  (as of 6.2). Ours sorts the items of a batch by length.
+  tokens and pad nothing. At 0.4 queries have 7 to 17 words and passages 24 to 56. Then theirs
+  pads: it tokenizes a column whole, takes rows in their order and cuts a mini-batch to its own
+  longest row (as of 6.2). Ours sorts the items of a batch by length.
 - ``gradient_gap``: largest difference of a gradient between the two on the same weights without
   dropout, before clipping, as a share of the largest entry of the whole gradient.
 - ``peak_mib``: resident memory at the highest point of a step above what rests between steps, each
   arm in a process of its own (``--memory``, Linux only).
 
-``--clock cpu`` with ``--threads 1`` counts processor seconds, which neighbours on the machine hardly
-change. Nothing is asserted; the goals are 1.0 at equal memory and 0.8 with a budget.
+``--clock cpu`` with ``--threads 1`` counts processor seconds, which neighbours on the machine
+hardly change. Nothing is asserted; the goals are 1.0 at equal memory and 0.8 with a budget.
 """
 
 from __future__ import annotations

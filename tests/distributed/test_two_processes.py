@@ -16,6 +16,7 @@ import train
 from lightning_modules.backbones.causal_lm import load_causal_lm
 from lightning_modules.options import BackboneOptions
 from tests.distributed.decode_worker import PROMPTS, completions
+from tests.models import POLICY_MODELS
 from tests.runs import (
     REPO,
     SHORT,
@@ -32,7 +33,6 @@ from tests.runs import (
 
 pytestmark = pytest.mark.slow
 Make = Callable[..., Any]
-MODELS = sorted(path.stem for path in (REPO / "conf" / "model").glob("[!_]*.yaml"))
 #: One plain step on a whole rollout (ranks would fill mini-batches with other rows) whose gradient
 #: is clipped: weights differ where gradients or norms do.
 STEP = [
@@ -75,7 +75,7 @@ def two_micro_batches(config: Any) -> list[str]:
     return [*window, *(f"data.prompts_per_rollout.{k}={v + v % 2}" for k, v in counts.items())]
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=POLICY_MODELS)
 def recorded(
     request: pytest.FixtureRequest, base: Path, warm_cache: Path, compose: Make
 ) -> tuple[list[str], Path]:

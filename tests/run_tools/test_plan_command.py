@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from tests.data_files import write_judge
+from tests.models import EMBEDDING_MODELS, POLICY_MODELS
 from tests.runs import REPO, SMALL, main
 
-MODELS = sorted(path.stem for path in (REPO / "conf" / "model").glob("[!_]*.yaml"))
 RECIPES = sorted(path.stem for path in (REPO / "conf" / "experiment").glob("*_paper.yaml"))
 
 
@@ -27,7 +27,7 @@ def _run(tmp_path: Path, *overrides: str) -> tuple[int, str, str]:
     return main(*own, *overrides)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", POLICY_MODELS)
 def test_every_model_is_planned_and_nothing_started(model: str, tmp_path: Path) -> None:
     before, target = _states(), tmp_path / "deep" / "plan.json"
     found = _run(tmp_path, f"model={model}", *SMALL, "plan.gpus=[8]", f"plan.output={target}")
@@ -39,6 +39,14 @@ def test_every_model_is_planned_and_nothing_started(model: str, tmp_path: Path) 
     machines = json.loads(target.read_text())["machines"]
     assert len(machines) == 2
     assert all(one["phases"]["peak"] > 0 and one["fits"] for one in machines.values())
+
+
+@pytest.mark.parametrize("model", EMBEDDING_MODELS)
+def test_models_without_rollouts_are_refused(model: str, tmp_path: Path) -> None:
+    status, _, errors = _run(tmp_path, f"model={model}")
+    assert status == 1
+    assert f"model={model} writes none" in errors
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
