@@ -153,7 +153,7 @@ def run_plan(config: DictConfig) -> dict[str, Any]:
     if not hasattr(data, "prompts_per_rollout"):
         raise ValueError(
             f"mode=plan knows methods that write rollouts, and model={config.name} writes none; "
-            f"a short run prints its memory and seconds: mode=fit trainer.max_steps=3"
+            f"mode=fit trainer.max_steps=3 measures it (mem/ and time/ in metrics.json)"
         )
     with backbone_to_plan(plain(config.backbone), data.task, config.seed) as backbone:
         found = plan(build_module(config, backbone), data, plain(config))

@@ -1,6 +1,6 @@
 """Bags in turn, merged at the end: BOOM (arXiv 2602.05787) for any module with an export.
 
-A datamodule whose plan has stages (``data.schedule.bags``) trains one model a stage:
+A datamodule with bags (``data.schedule.bags``) trains one model a stage:
 
     start of a stage   weights back to those of the run's start, optimizer states gone
     end of a stage     the model is exported to ``bags/<number>``
@@ -102,7 +102,7 @@ class ModelMerging(Callback):
             ValueError: The merge is not possible, or there is nothing to merge.
         """
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        steps = list(getattr(data, "stage_steps", [trainer.max_steps]))
+        steps = list(getattr(data, "bag_steps", [trainer.max_steps]))
         self._ends = list(accumulate(steps))
         if problems := self._problems(trainer, steps):
             raise ValueError("; ".join(problems))

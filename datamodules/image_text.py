@@ -133,6 +133,11 @@ class ImageTextDataModule(PairDataModule):
         """Optimizer steps of each stage."""
         return [stage.steps for stage in self.stages]
 
+    @property
+    def bag_steps(self) -> list[int]:
+        """Its stages train one model."""
+        return [sum(self.stage_steps)]
+
     def stage_at(self, step: int) -> StageName | None:
         """The stage that an optimizer step belongs to; None before the first.
 

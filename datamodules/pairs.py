@@ -203,6 +203,11 @@ class PairDataModule(LightningDataModule):
         """Optimizer steps of each stage: of each bag, or of the run."""
         return [batches // self.window for batches in self.plan.stages]
 
+    @property
+    def bag_steps(self) -> list[int]:
+        """Optimizer steps of each model that is trained in turn (``data.schedule.bags``)."""
+        return self.stage_steps
+
     def train_dataloader(self) -> Loader:
         """The sized, stateful loader of micro-batches."""
         loader = Loader(PairSource(self))

@@ -100,6 +100,11 @@ class BaseModule(LightningModule):
 
     # ------------------------------------------------------------------ building and sharding
 
+    def setup(self, stage: str) -> None:
+        """Keep batches as they are: ``bf16-true`` would round log-probs, values and advantages."""
+        plugin: Any = self.trainer.precision_plugin
+        plugin.convert_input = _unchanged
+
     def configure_model(self) -> None:
         """Build the parts once and shard them where there is a device mesh."""
         if self.policy is not None:
@@ -361,6 +366,10 @@ class BaseModule(LightningModule):
                 f"({made.get('architecture', 'unknown')}) on task '{made.get('task', 'unknown')}'; "
                 f"give the same model=, backbone=, lora= and data= as then"
             )
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
 
 
 def _plain(batch: Any) -> Any:

@@ -185,7 +185,7 @@ def assert_same_run(one: Path, other: Path, steps: int) -> None:
     assert "train/loss" in tags and any(tag.startswith("val/") for tag in tags)
     for tag in tags:
         values = scalars(boards[0], tag)
-        is_validation = tag.startswith("val/") and not tag.startswith("val/merged/")
+        is_validation = tag.startswith("val/") and not tag.startswith(("val/merged/", "val/area"))
         if tag in ("train/loss", "train/lr") or is_validation:
             assert [step for step, _ in values] == list(range(1, steps + 1)), tag
         if not tag.startswith(MEASURED):

@@ -170,10 +170,10 @@ def test_option(
 @pytest.mark.parametrize("name", options("experiment"))
 def test_experiment(name: str, make_config: Make, tmp_path: Path, reward_model: Path) -> None:
     recipe: Any = OmegaConf.load(CONF / "experiment" / f"{name}.yaml")
-    small: list[str] = []
+    groups = {k: v for one in recipe.defaults if one != "_self_" for k, v in one.items()}
+    small = data_options(tmp_path, groups.get("override /data", ""))
     if name.endswith("_paper"):
         small = ["backbone=tiny", "backbone.path=null", "trainer=auto", "engine=hf"]
-        groups = {k: v for one in recipe.defaults if one != "_self_" for k, v in one.items()}
         small += ["trainer.precision=32-true", "trainer.strategy=auto"]
         small += [f"~engine.{key}" for key in recipe.get("engine", {})]
         small += (rows := data_options(tmp_path, groups["override /data"]))

@@ -110,14 +110,32 @@ def load_encoder(
     Raises:
         ValueError: The folder is missing or has no model that ``AutoModel`` knows.
     """
-    model = load_pretrained(AutoModel, options, "an encoder", **_without_pooler(options))
+    with _without_pooler(options) as extra:
+        model = load_pretrained(AutoModel, options, "an encoder", **extra)
+    if attention == "bidirectional":
+        model.config.is_causal = False  # exported, so that transformers reads it as we do
     if lora is not None:
         model = add_lora(model, lora, "FEATURE_EXTRACTION")
     return TextEncoder(model, attention).train()  # transformers loads in eval mode
 
 
-def _without_pooler(options: BackboneOptions) -> dict[str, Any]:
-    """What makes BERT and its kin come without a pooling layer: it is of no use here."""
+@contextmanager
+def _without_pooler(options: BackboneOptions) -> Iterator[dict[str, Any]]:
+    """What makes BERT and its kin come without a pooling layer, of no use here, and in silence."""
+    cls = _class_of(options)
+    if cls is None or "add_pooling_layer" not in inspect.signature(cls).parameters:
+        yield {}
+        return
+    before = cls._keys_to_ignore_on_load_unexpected
+    cls._keys_to_ignore_on_load_unexpected = [*(before or []), r"(^|\.)pooler\."]
+    try:
+        yield {"add_pooling_layer": False}
+    finally:
+        cls._keys_to_ignore_on_load_unexpected = before
+
+
+def _class_of(options: BackboneOptions) -> Any:
+    """The class that ``AutoModel`` would load; None where there is no one such."""
     try:
         config = AutoConfig.from_pretrained(
             options.path,
@@ -126,6 +144,5 @@ def _without_pooler(options: BackboneOptions) -> dict[str, Any]:
         )
         cls: Any = MODEL_MAPPING[type(config)]
     except (OSError, ValueError, KeyError):
-        return {}  # loading says what is wrong
-    known = inspect.signature(cls).parameters
-    return {"add_pooling_layer": False} if "add_pooling_layer" in known else {}
+        return None  # loading says what is wrong
+    return cls if inspect.isclass(cls) else None

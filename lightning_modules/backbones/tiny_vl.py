@@ -114,7 +114,13 @@ def build_tiny_vl(
 
 @dataclass
 class NoWarmStart:
-    """A tiny vision-language model starts from random weights."""
+    """A tiny vision-language model starts from random weights.
+
+    Args:
+        steps: Of no effect; ``experiment=smoke`` shortens every warm start by it.
+    """
+
+    steps: int = 0
 
 
 def prepare_tiny_vl(

@@ -56,7 +56,8 @@ class EmbeddingModule(VectorModule):
         chunk_size: Items encoded at a time, with exact gradients; None for all at once.
         cache_budget_mb: MiB of graphs that are kept rather than computed twice. Not under FSDP:
             ``keep_chunks`` there.
-        keep_chunks: Chunks whose graphs are kept, in place of a budget.
+        keep_chunks: Chunks whose graphs are kept, in place of a budget; None for one, which takes
+            no more memory: every chunk's graph has its turn anyway.
         **kwargs: Of ``BaseModule``.
 
     Raises:
@@ -112,12 +113,25 @@ class EmbeddingModule(VectorModule):
         """Load the encoder.
 
         Raises:
-            ValueError: A slice is longer than the vectors.
+            ValueError: A slice is longer than the vectors, or a budget under sharding.
         """
+        self.check_budget()
         self.policy = load_encoder(
             self.backbone_options, self.lora_options, attention=self.attention
         )
         self.check_slices()
+
+    def check_budget(self) -> None:
+        """Refuse a budget under sharding: ranks may keep different numbers of chunks, and wait.
+
+        Raises:
+            ValueError: There is one.
+        """
+        if self.cache_budget_mb is not None and self.device_mesh is not None:
+            raise ValueError(
+                f"model.cache_budget_mb={self.cache_budget_mb}: with trainer=fsdp all ranks must "
+                f"keep as many chunks; give model.keep_chunks instead"
+            )
 
     def check_slices(self) -> None:
         """Refuse slices that are longer than the vectors.
@@ -199,7 +213,7 @@ class EmbeddingModule(VectorModule):
             chunks,
             loss,
             lambda x: (x / self.trainer.accumulate_grad_batches).backward(),
-            keep=self.keep_chunks,
+            keep=1 if self.keep_chunks is None and not by_budget else self.keep_chunks,
             cache_budget_mb=self.cache_budget_mb,
             defer_last=True,
         )

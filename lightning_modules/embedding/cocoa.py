@@ -111,8 +111,10 @@ class CoCoA(EmbeddingModule):
         """Load the model, with a decoder of patches where their loss counts.
 
         Raises:
-            ValueError: Nothing says which token masks, or a slice is longer than the vectors.
+            ValueError: Nothing says which token masks, a slice is longer than the vectors, or a
+                budget under sharding.
         """
+        self.check_budget()
         self.policy = load_vl_encoder(
             self.backbone_options,
             self.lora_options,
@@ -248,10 +250,10 @@ class CoCoA(EmbeddingModule):
             if not count:
                 continue
             generator = torch.Generator().manual_seed(seed + 1)  # the seed itself masks the text
-            draws = torch.rand(count, generator=generator)
+            draws = torch.rand(count, generator=generator, dtype=torch.float32)
             masks.append((draws < self.image_mask) | (draws == draws.min()))
             shape = (int(masks[-1].sum()), *patches.shape[1:])
-            noises.append(torch.randn(shape, generator=generator))
+            noises.append(torch.randn(shape, generator=generator, dtype=torch.float32))
         chosen = torch.cat(masks)
         true = patches[chosen].flatten(1)
         noisy = patches.clone()

@@ -50,7 +50,8 @@ def write_sentence_transformers(
     mode = _MODES[encoding.pooling]
     pooling: dict[str, Any] = {"word_embedding_dimension": width}
     pooling |= {flags[name]: name == mode for name in names}
-    pooling["include_prompt"] = encoding.pool_template
+    # without it there, cls would be the first token behind the prompt
+    pooling["include_prompt"] = encoding.pool_template or encoding.pooling != "mean"
     roles: dict[str, Role] = {"query": "query", "document": "passage"}
     own = {
         "prompts": {name: encoding.prefix(role) for name, role in roles.items()},

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ class VectorModule(EvaluatedModule):
             pad_id: What fills up.
         """
         if not items:
-            return torch.zeros(0, self.policy.width)
+            return torch.zeros(0, self.policy.width, dtype=torch.float32)
         was_training = self.policy.training
         self.policy.eval()
         try:
@@ -163,23 +164,30 @@ class VectorModule(EvaluatedModule):
         if isinstance(one, RetrievalSet):
             queries = self.shared_vectors(one.queries, "query", one.instruction)
             corpus = self.shared_vectors(one.corpus, "passage", one.instruction)
-            values = self._retrieval(queries, corpus, one.relevant)
-            for dim in self._shorter():
-                short = self._retrieval(queries[:, :dim], corpus[:, :dim], one.relevant)
-                values |= {f"{name}_dim_{dim}": value for name, value in short.items()}
-            best = torch.tensor([places[0] for places in one.relevant])
-            values["alignment"] = float(alignment(queries, corpus[best]).mean())
-            total, count = uniformity_sums(corpus)
-            values["uniformity"] = float((total / count).log())
-            return values
+            with _float32():
+                return self._measure_retrieval(one, queries, corpus)
         assert isinstance(one, StsSet)
         first = self.shared_vectors(one.first, "query", one.instruction)
         second = self.shared_vectors(one.second, "query", one.instruction)
-        scores = torch.tensor(list(one.scores), dtype=torch.float32)
-        values = sts_metrics(first, second, scores)
+        with _float32():
+            scores = torch.tensor(list(one.scores))
+            values = sts_metrics(first, second, scores)
+            for dim in self._shorter():
+                short = sts_metrics(first[:, :dim], second[:, :dim], scores)
+                values |= {f"{name}_dim_{dim}": value for name, value in short.items()}
+        return values
+
+    def _measure_retrieval(
+        self, one: RetrievalSet, queries: Tensor, corpus: Tensor
+    ) -> dict[str, float]:
+        values = self._retrieval(queries, corpus, one.relevant)
         for dim in self._shorter():
-            short = sts_metrics(first[:, :dim], second[:, :dim], scores)
+            short = self._retrieval(queries[:, :dim], corpus[:, :dim], one.relevant)
             values |= {f"{name}_dim_{dim}": value for name, value in short.items()}
+        best = torch.tensor([places[0] for places in one.relevant])
+        values["alignment"] = float(alignment(queries, corpus[best]).mean())
+        total, count = uniformity_sums(corpus)
+        values["uniformity"] = float((total / count).log())
         return values
 
     def _retrieval(
@@ -207,3 +215,14 @@ class VectorModule(EvaluatedModule):
         parts = gather_objects(self.vectors(mine, data.eval_batch_size, self.texts.pad_id))
         whole = torch.stack(parts, dim=1).flatten(0, 1) if world > 1 else parts[0]
         return whole[: len(encoded)]
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    """New tensors are float32: ``bf16-true`` would make them coarse, and the measures with them."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -287,7 +287,9 @@ def mask_tokens(
     if draws is None:
         if generator is None:
             raise ValueError("give a generator or draws")
-        draws = torch.rand(input_ids.shape, generator=generator, device=generator.device)
+        draws = torch.rand(
+            input_ids.shape, generator=generator, device=generator.device, dtype=torch.float32
+        )
     elif generator is not None or draws.shape != input_ids.shape:
         raise ValueError(
             f"draws must have shape {tuple(input_ids.shape)} and come without a generator, got "
@@ -333,10 +335,10 @@ def span_draws(spans: Sequence[tuple[int, int]], seeds: Sequence[int], length: i
         >>> torch.equal(one[1:3], other[2:4])
         True
     """
-    draws = torch.ones(len(spans), length)
+    draws = torch.ones(len(spans), length, dtype=torch.float32)
     for row, ((first, end), seed) in enumerate(zip(spans, seeds, strict=True)):
         generator = torch.Generator().manual_seed(seed)
-        draws[row, first:end] = torch.rand(end - first, generator=generator)
+        draws[row, first:end] = torch.rand(end - first, generator=generator, dtype=torch.float32)
     return draws
 
 

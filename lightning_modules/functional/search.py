@@ -145,7 +145,7 @@ def mine_negatives(
     ranks = unknown.cumsum(dim=1) - 1
     candidates = unknown & (ranks >= range_min) & (ranks < range_max)
 
-    positive = torch.zeros(len(queries), 1)
+    positive = torch.zeros(len(queries), 1, dtype=torch.float32)
     if has_margin:
         first = torch.tensor([int(next(iter(places))) for places in known])
         positive = (queries * corpus[first]).sum(dim=1, keepdim=True)
@@ -229,7 +229,7 @@ def _top_k_distinct(queries: Tensor, corpus: Tensor, k: int) -> tuple[Tensor, Te
 
     One neighbour more than wanted shows whether a tie was cut; such rows are searched deeper.
     """
-    scores = torch.empty(len(queries), k)
+    scores = torch.empty(len(queries), k, dtype=torch.float32)  # whatever the default is
     places = torch.empty(len(queries), k, dtype=torch.long)
     rows, depth = torch.arange(len(queries)), k + 1
     while len(rows):

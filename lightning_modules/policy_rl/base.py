@@ -213,11 +213,6 @@ class PolicyModule(EvaluatedModule):
 
     # ------------------------------------------------------------------ the step
 
-    def on_fit_start(self) -> None:
-        """Keep batches as they are: ``bf16-true`` would round log-probs, values and advantages."""
-        plugin: Any = self.trainer.precision_plugin
-        plugin.convert_input = _unchanged
-
     def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
         """Loss of one micro-batch: a pure function of the batch and the weights."""
         tokens = completion_logprobs(
@@ -389,7 +384,3 @@ class PolicyModule(EvaluatedModule):
         """
         own = getattr(reward, "evaluation", None)
         return self.score(rollouts, reward) if own is None else own(rollouts)
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch

@@ -7,8 +7,8 @@ up. Ours are steps of a real Trainer with its hooks and metrics, theirs of a bar
 favours them. Token ids are made before the clock of ``ratio`` starts; ``ratio_with_tokens`` has
 their making in both.
 
-- ``equal memory`` keeps no graph: chunks of as many items as theirs, encoded twice as theirs are.
-  ``budget N`` keeps graphs in N MiB.
+- ``equal memory``: chunks of as many items as theirs, one graph at a time, as theirs; the first
+  chunk is encoded once, the others twice. ``budget N`` keeps graphs in N MiB.
 - ``spread``: 0 makes all queries and all passages equally long, so that both encode the same
   tokens and pad nothing. At 0.4 queries have 7 to 17 words and passages 24 to 56. Then theirs
   pads: it tokenizes a column whole, takes rows in their order and cuts a mini-batch to its own
@@ -172,7 +172,7 @@ class InTurn(Callback):
     """Gives each step of the Trainer to an arm in turn, and lets theirs follow.
 
     Args:
-        arms: Name -> budget in MiB; None keeps no graph.
+        arms: Name -> budget in MiB, or None.
         theirs: None for ours alone; else the first step compares gradients.
         clock: ``cpu`` or ``wall``.
         peak: Measures memory.

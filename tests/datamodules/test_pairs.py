@@ -164,9 +164,9 @@ def test_known_positives_and_equal_texts_are_no_negatives() -> None:
     place = batch.uids.index("0")
     known = set(batch.known_positives[place].tolist()) - {-1}
     assert known == {text_id("p0"), text_id("n0")}
-    # each has 5 positives and 2 negatives of others, but h, which has its own two besides;
-    # q0's two rows lose each other's positive, and n0 among the negatives of h
-    assert negatives_of(batch) * 6 == 4 * 7 + 7 + 7 - 2 * 2 - 0
+    # each of six rows has five positives of others and the two negatives of h; those of q0 lose
+    # each other's positive, and n0 where it is a negative of h
+    assert negatives_of(batch) * 6 == 6 * 7 - 2 * 2
 
 
 def test_hard_negatives_are_taken_up_to_a_number_and_filled_up() -> None:

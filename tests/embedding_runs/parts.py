@@ -70,7 +70,7 @@ class MergeSignal(SignalAt):
 
 def plain_vectors(folder: Path, texts: list[str], pooling: str) -> torch.Tensor:
     """Vectors of texts by nothing but ``transformers``, one text at a time."""
-    model = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    model = AutoModel.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = []
     for text in texts:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from datamodules.tasks.shapes_caption import ShapesCaption
 from lightning_modules.backbones.tiny_vl import TinyVLOptions, build_tiny_vl
@@ -24,6 +27,27 @@ def vl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vl(vl_folder: Path) -> VisionLanguage:
     """That folder loaded; tests leave it as it is."""
     return load_vl(vl_folder)
+
+
+@pytest.fixture(scope="session")
+def old_folder(vl_folder, tmp_path_factory):
+    """A tiny Qwen2-VL with a preprocessor config as the released ones have it."""
+    folder = tmp_path_factory.mktemp("qwen2_vl")
+    shutil.copytree(vl_folder, folder, dirs_exist_ok=True)
+    config = json.loads((vl_folder / "config.json").read_text(encoding="utf-8"))
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2}
+    vision |= {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    text = {key: value for key, value in config["text_config"].items() if key != "model_type"}
+    tokens = {key: value for key, value in config.items() if key.endswith("token_id")}
+    made = Qwen2VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=False, **tokens
+    )
+    Qwen2VLForConditionalGeneration(made).save_pretrained(folder)
+    processor = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    processor |= {"min_pixels": 64, "max_pixels": 1024, "image_mean": [0.5] * 3}
+    processor |= {"image_std": [0.5] * 3, "image_processor_type": "Qwen2VLImageProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from datamodules.tasks.shapes_caption import ShapesCaption
 from lightning_modules.backbones.tiny_vl import VISION, TinyVLOptions, build_tiny_vl
@@ -28,27 +27,6 @@ WORDS = ShapesCaption().vocabulary()
 
 def noise(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-@pytest.fixture(scope="module")
-def old_folder(vl_folder, tmp_path_factory):
-    """A tiny Qwen2-VL with a preprocessor config as the released ones have it."""
-    folder = tmp_path_factory.mktemp("qwen2_vl")
-    shutil.copytree(vl_folder, folder, dirs_exist_ok=True)
-    config = json.loads((vl_folder / "config.json").read_text(encoding="utf-8"))
-    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2}
-    vision |= {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
-    text = {key: value for key, value in config["text_config"].items() if key != "model_type"}
-    tokens = {key: value for key, value in config.items() if key.endswith("token_id")}
-    made = Qwen2VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=False, **tokens
-    )
-    Qwen2VLForConditionalGeneration(made).save_pretrained(folder)
-    processor = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
-    processor |= {"min_pixels": 64, "max_pixels": 1024, "image_mean": [0.5] * 3}
-    processor |= {"image_std": [0.5] * 3, "image_processor_type": "Qwen2VLImageProcessor"}
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
-    return folder
 
 
 @pytest.fixture(scope="module")

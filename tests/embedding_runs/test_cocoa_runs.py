@@ -1,0 +1,148 @@
+"""Whole runs of CoCoA: killed in every stage, on two processes, tested and loaded again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from datamodules.tasks.shapes_pairs import ShapesPairs
+from tests.runs import (
+    assert_same_run,
+    assert_same_weights,
+    board,
+    call,
+    command,
+    last_of,
+    scalars,
+    step_of,
+    unmeasured,
+    weights,
+)
+
+pytestmark = pytest.mark.slow
+Make = Callable[..., Any]
+#: Two steps of each stage, of eight rows, in a model of one layer.
+SMALL = [
+    "model=cocoa",
+    "data.stages=[{name: warmup, steps: 2}, {name: bridge, steps: 2}, {name: contrastive, steps: 2}]",
+    "data.batch_size=8",
+    "data.bridge_batch_size=8",
+    "data.task.num_train=24",
+    "data.task.num_val=6",
+    "data.task.num_test=6",
+    "backbone.tiny.num_layers=1",
+    "trainer.max_steps=-1",
+]  # fmt: skip
+STEPS = 6
+EVERY_STEP = ["callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.every_seconds=null",
+              "trainer.limit_val_batches=1.0"]  # fmt: skip
+LORA = ["lora=default", "lora.r=4", "lora.dropout=0.1"]
+
+
+def crash(make_config: Make, *overrides: str, before: int) -> None:
+    """The run ends before that step, counted from where it goes on."""
+    stop = ["+callbacks.crash._target_=tests.runs.CrashAt", f"+callbacks.crash.batch={before}"]
+    with pytest.raises(KeyError, match="crashed before"):
+        train.run(make_config(*SMALL, *EVERY_STEP, *overrides, "run_id=broken", *stop))
+
+
+@pytest.mark.parametrize("lora", [[], LORA], ids=["whole", "adapters"])
+def test_a_run_broken_in_every_stage_ends_like_the_unbroken_one(
+    lora: list[str], make_config: Make, tmp_path: Path
+) -> None:
+    expected = train.run(make_config(*SMALL, *EVERY_STEP, *lora, "run_id=whole"))
+    assert expected["steps"] == STEPS and expected["train/grad_norm"] > 0
+    at, broken = 0, tmp_path / "cocoa" / "broken"
+    for step in (1, 3, 4, 5):  # inside each stage, and between two
+        crash(make_config, *lora, "resume=auto", before=step - at)
+        at = step
+        assert step_of(last_of(broken)) == at
+    found = train.run(make_config(*SMALL, *EVERY_STEP, *lora, "run_id=broken", "resume=auto"))
+    whole = tmp_path / "cocoa" / "whole"
+    assert_same_run(whole, broken, STEPS)
+    assert unmeasured(found) == unmeasured(expected)
+
+    # the area is the mean of the contrastive stage's recalls, and went through the break at 5
+    recalls = scalars(board(whole), "val/retrieval/recall_at_1")[4:]
+    areas = scalars(board(broken), "val/area")
+    assert [step for step, _ in recalls] == [step for step, _ in areas] == [5, 6]
+    first, second = (value for _, value in recalls)
+    assert [value for _, value in areas] == pytest.approx([first, (first + second) / 2])
+    assert found["val/area"] == pytest.approx((first + second) / 2)
+    assert found["val/area_points"] == 2
+
+    decoder = {k for k in weights(last_of(broken)) if ".image_decoder." in k}
+    assert decoder, "a run broken in the warm-up needs it"
+
+
+def test_checkpoint_and_export_are_enough(make_config: Make, tmp_path: Path) -> None:
+    expected = train.run(make_config(*SMALL, "trainer.limit_test_batches=1.0"))
+    run = tmp_path / "cocoa" / "s0"
+    tested = train.run(
+        make_config(
+            *SMALL, "mode=test", f"ckpt_path={last_of(run)}", "trainer.limit_test_batches=1.0"
+        )
+    )
+    for tag in ("test/retrieval/recall_at_1", "test/retrieval/alignment", "test/bridge/gap"):
+        assert tested[tag] == pytest.approx(expected[tag], abs=1e-6), tag
+    assert expected["test/bridge/gap"] != 0
+    module = train.load(run)
+    task = ShapesPairs(num_test=2)
+    items = [*(task.item(scene) for scene in task.records("test")), "a red ring at tl"]
+    vectors = module.embed(items)
+    assert vectors.shape == (3, 64) and torch.allclose(vectors.norm(dim=1), torch.ones(3))
+    exported = train.run(
+        make_config(
+            *SMALL, "mode=test", f"backbone.path={run / 'export'}", "run_id=again",
+            "trainer.limit_test_batches=1.0",
+        )
+    )  # fmt: skip
+    tag = "test/retrieval/alignment"
+    assert exported[tag] == pytest.approx(expected[tag], abs=1e-5)
+
+
+#: Ways to train on two processes; plain gradients, so that weights differ as much as these do.
+SGD = ["optimizer.class_path=torch.optim.SGD", "optimizer.lr=0.05", "mode=fit",
+       "trainer.limit_val_batches=0"]  # fmt: skip
+DDP = ["trainer.strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
+FSDP = ["trainer=fsdp", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_steps=-1"]
+PLAIN = ["lora=default", "lora.r=4"]
+TWO = {
+    "ddp": (DDP, []),
+    "ddp, chunks, windows": (DDP, ["model.chunk_size=3", "data.micro_batches=2"]),
+    "ddp, adapters": (DDP, PLAIN),
+    "fsdp": (FSDP, []),
+    # chunks of texts on one rank beside chunks of images on the other
+    "fsdp, chunks": (FSDP, ["model.chunk_size=3"]),
+    "fsdp, adapters": (FSDP, PLAIN),
+}
+
+
+@pytest.mark.parametrize("way", TWO)
+def test_two_processes_train_as_one_does(
+    way: str, make_config: Make, tmp_path: Path, warm_cache: Path
+) -> None:
+    strategy, options = TWO[way]
+    own = [*SMALL, *SGD, *options]
+    both = [*own, *strategy, "run_id=two"]
+    result = call(*command(*both, output_dir=tmp_path, cache_dir=warm_cache))
+    assert result.returncode == 0, result.stderr
+    alone = train.run(make_config(*own, "run_id=one"))
+    one, two = tmp_path / "cocoa" / "one", tmp_path / "cocoa" / "two"
+    assert_same_weights(weights(last_of(one)), weights(last_of(two)), atol=2e-5)
+    metrics = json.loads((two / "metrics.json").read_text())
+    assert metrics["steps"] == alone["steps"] == STEPS
+    tags = ["warmup/loss", "warmup/pixel_loss", "bridge/loss", "loss", "grad_norm", "alignment"]
+    for tag in tags:
+        assert metrics[f"train/{tag}"] == pytest.approx(alone[f"train/{tag}"], rel=1e-4), tag
+    exports = [load_file(run / "export" / "model.safetensors") for run in (one, two)]
+    assert_same_weights(*exports, atol=2e-5)
+    saved = json.loads((two / "export" / "preprocessor_config.json").read_text())
+    assert saved["patch_size"] == 8
