@@ -135,9 +135,15 @@ def run(config: DictConfig) -> dict[str, Any]:
             metrics,
             config.table,
             config.table_rows,
-            footer_lines(config.name, config.output_dir, folder.path) if config.table else [],
+            footer_lines(typed(config), config.output_dir, folder.path) if config.table else [],
         )
     return metrics
+
+
+def typed(config: DictConfig) -> list[str]:
+    """Words of the command line; of a run that Python has started only its model."""
+    is_known = HydraConfig.initialized()
+    return list(HydraConfig.get().overrides.task) if is_known else [f"model={config.name}"]
 
 
 def run_plan(config: DictConfig) -> dict[str, Any]:

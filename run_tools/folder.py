@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+#: Folders of modes that train nothing; a model may well be measured before it is trained.
+_MODES = {"validate", "test", "predict"}
 
 
 @dataclass
@@ -49,7 +53,7 @@ class RunFolder:
                 folder.metrics = folder.read_json(folder.metrics_path.name)
             elif last.exists():  # a folder too: it is refused where it is loaded
                 folder.checkpoint = last
-        elif is_writer and folder.path.exists() and any(folder.path.iterdir()):
+        elif is_writer and folder._names():
             state = "a finished" if folder.metrics_path.is_file() else "an unfinished"
             raise FileExistsError(
                 f"{folder.path} holds {state} run: go on with resume=auto, replace it with "
@@ -61,9 +65,17 @@ class RunFolder:
 
     def discard_if_empty(self) -> None:
         """Remove the folder of a run that failed before it did anything, so it can start anew."""
-        names = {item.name for item in self.path.iterdir()} if self.path.is_dir() else set()
-        if names <= {"config.yaml", "tensorboard"}:
-            shutil.rmtree(self.path, ignore_errors=True)
+        if self._names() <= {"config.yaml", "tensorboard"}:
+            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+            (self.path / "config.yaml").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # of a mode that trains nothing there are files
+                self.path.rmdir()
+
+    def _names(self) -> set[str]:
+        """What is there of the run itself."""
+        if not self.path.is_dir():
+            return set()
+        return {item.name for item in self.path.iterdir()} - _MODES
 
     @property
     def metrics_path(self) -> Path:

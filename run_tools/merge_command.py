@@ -30,7 +30,7 @@ class MergeCommand:
         base: Folder of the model that all started from; the merge is then one of task vectors.
         reference: Folder that distances are measured from, ``base`` unless given; changes nothing
             in the merge.
-        options: Of the method, such as ``density``, and ``one_d``.
+        options: Of the method, such as ``density``, and ``one_d``; None for its default.
     """
 
     models: list[str] = field(default_factory=list)
@@ -59,6 +59,7 @@ def merge_command(config: Mapping[str, Any]) -> Path:
     if problems := check_options("merge", given, MergeCommand):
         raise ValueError("; ".join(problems))
     asked = MergeCommand(**given)
+    asked.options = {name: value for name, value in asked.options.items() if value is not None}
     if problems := _problems(asked):
         raise ValueError("; ".join(problems))
     assert asked.output is not None

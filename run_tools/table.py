@@ -34,8 +34,8 @@ def arm_rows(
     Args:
         metrics: Flat metrics, such as ``test/greedy/accuracy`` or ``test/rft/accuracy``.
         columns: Metric names.
-        rows: Names or patterns of the rows wanted, in their order (``base``, ``*/maj8``); none
-            means all, in the order of the metrics. The run itself is ``""``.
+        rows: Names or patterns of the rows wanted, in their order (``base``, ``*/maj8``); none,
+            or none that fits, means all, in the order of the metrics. The run itself is ``""``.
 
     Returns:
         ``(arm, values)``; values are None where an arm lacks a metric.
@@ -46,7 +46,7 @@ def arm_rows(
         if tag.startswith("test/") and metric in columns:
             arms.setdefault(row, {})[metric] = value
     wanted = [arm for pattern in rows for arm in arms if fnmatchcase(arm, pattern)]
-    names = list(dict.fromkeys(wanted)) if rows else list(arms)
+    names = list(dict.fromkeys(wanted)) or list(arms)
     return [(name or "this run", [arms[name].get(column) for column in columns]) for name in names]
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -32,14 +34,22 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message=text)
 
 
-def footer_lines(model: str, output_dir: str, run_dir: str | Path) -> list[str]:
-    """Where things are and what to type next."""
+def footer_lines(typed: Sequence[str], output_dir: str, run_dir: str | Path) -> list[str]:
+    """Where things are and what to type next.
+
+    Args:
+        typed: Words of the command line.
+        output_dir: Holds all runs.
+        run_dir: Of this run; a test is only offered for one that has trained.
+    """
+    lines = [f"run folder:  {run_dir}", f"TensorBoard: tensorboard --logdir {output_dir}"]
     last = Path(run_dir, "checkpoints", "last.ckpt")
-    return [
-        f"run folder:  {run_dir}",
-        f"TensorBoard: tensorboard --logdir {output_dir}",
-        f"test again:  python train.py model={model} mode=test ckpt_path={last}",
-    ]
+    if last.is_file():
+        left_out = ("mode=", "ckpt_path=", "resume=", "overwrite=")
+        again = [shlex.quote(word) for word in typed if not word.startswith(left_out)]
+        words = " ".join([*again, "mode=test", f"ckpt_path={shlex.quote(str(last))}"])
+        lines.append(f"test again:  python train.py {words}")
+    return lines
 
 
 def leave_group(status: int = 0, wait: float = 0.0) -> None:

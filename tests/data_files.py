@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
 from datamodules.tasks.mini_writing_pairs import MiniWritingPairs
@@ -30,6 +32,11 @@ ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
     "gsm8k_file": lambda i: {"question": f"What is {i} + 1?", "answer": f"Add.\n#### {i + 1}"},
     "countdown_file": lambda i: {"nums": [i, 2, 3], "target": i + 5},
     "pair_file": lambda i: {"query": f"What is {i}?", "positive": f"{i} is a number."},
+    "image_text_file": lambda i: {
+        "qry": "<|image_1|> What is it?",
+        "qry_image_path": f"{i}.png",
+        "pos_text": f"a thing no {i}",
+    },
     "sts_file": lambda i: {"sentence1": f"the {i}", "sentence2": f"number {i}", "score": i % 6},
     "chat_file": lambda i: {"prompt": f"Tell me about the number {i}."},
     "instruction_file": lambda i: {
@@ -43,6 +50,9 @@ ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
 def write_rows(folder: Path, kind: str, count: int = 60) -> Path:
     """A JSON-lines file of a shape, large enough that every split has a row."""
     path = folder / f"{kind}.jsonl"
+    for i in range(1, count + 1) if kind == "image_text_file" else ():
+        noise = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.png")
     path.write_text("".join(json.dumps(ROWS[kind](i)) + "\n" for i in range(1, count + 1)))
     return path
 

@@ -173,13 +173,17 @@ def test_experiment(name: str, make_config: Make, tmp_path: Path, reward_model: 
     groups = {k: v for one in recipe.defaults if one != "_self_" for k, v in one.items()}
     small = data_options(tmp_path, groups.get("override /data", ""))
     if name.endswith("_paper"):
-        small = ["backbone=tiny", "backbone.path=null", "trainer=auto", "engine=hf"]
+        tiny = {"boom": "tiny_encoder", "cocoa": "tiny_vl"}.get(groups["override /model"], "tiny")
+        small = [f"backbone={tiny}", "backbone.path=null", "trainer=auto", "engine=hf"]
         small += ["trainer.precision=32-true", "trainer.strategy=auto"]
         small += [f"~engine.{key}" for key in recipe.get("engine", {})]
         small += (rows := data_options(tmp_path, groups["override /data"]))
         if "test_path" in recipe.data.get("task", {}):
             small.append(rows[0].replace("data.path", "data.task.test_path"))
-            small.append("data.task.val_fraction=0.2")  # of few rows
+        shares = {"val_fraction", "test_fraction"} & recipe.data.get("task", {}).keys()
+        small += [f"data.task.{share}=0.2" for share in sorted(shares)]  # of few rows
+        if "mask_token" in recipe.model:
+            small.append("model.mask_token=null")  # a tiny tokenizer has its own
         small += {
             "model": [f"reward.path={reward_model}", "reward.dtype=float32"],
             "judge": [f"reward.path={write_judge(tmp_path)}", "reward.judge.engine=null"],

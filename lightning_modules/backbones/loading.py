@@ -8,6 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig
 
+from lightning_modules.functional.states import reshard
 from lightning_modules.options import BackboneOptions, LoraOptions
 
 
@@ -85,9 +86,7 @@ def fold_adapters(model: Any, seed: int) -> None:
         model: A PEFT model or what holds one, sharded or not; every rank must call it.
         seed: Of the fresh adapters, equal on all ranks.
     """
-    for unit in model.modules():
-        if hasattr(unit, "reshard"):  # after an evaluation FSDP may still hold a gathered copy
-            unit.reshard()
+    reshard(model)
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if not hasattr(module, "get_delta_weight"):

@@ -65,6 +65,7 @@ class VisionLanguageEncoder(nn.Module):
         options = kernel or KernelOptions()
         fuse_lm_head(self.base, backend=options.backend, workspace_mb=options.workspace_mb)
         self.mask_id, self.special_ids = vl.mask_id, vl.special_ids
+        self.image_processor = vl.image_processor  # exported with the model
 
     @property
     def base(self) -> Any:

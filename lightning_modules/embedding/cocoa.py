@@ -284,8 +284,8 @@ class CoCoA(EmbeddingModule):
         values = super().finish_evaluation(split)
         tag = "val/retrieval/recall_at_1"
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        is_due = split == "val" and data.stage_at(self.global_step) == "contrastive"
-        if is_due and tag in values:
+        stage = data.stage_at(self.global_step) if hasattr(data, "stage_at") else "contrastive"
+        if split == "val" and stage == "contrastive" and tag in values:
             points = self.results.get("val/area_points", 0.0) + 1.0
             mean = self.results.get("val/area", 0.0)
             values["val/area"] = mean + (values[tag] - mean) / points
@@ -343,4 +343,4 @@ class CoCoA(EmbeddingModule):
 
     def write_extras(self, folder: Path) -> None:
         """The image processor. None for sentence-transformers: it would read texts causally."""
-        self.texts.processor.save_pretrained(folder)
+        self.policy.image_processor.save_pretrained(folder)

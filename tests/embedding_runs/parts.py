@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 from transformers import AutoModel, AutoTokenizer
 
 from callbacks import model_merging
@@ -79,3 +80,40 @@ def plain_vectors(folder: Path, texts: list[str], pooling: str) -> torch.Tensor:
         rows = {"mean": hidden, "cls": hidden[:1]}.get(pooling, hidden[-1:])
         found.append(torch.nn.functional.normalize(rows.mean(0), dim=0))
     return torch.stack(found)
+
+
+class Watch(Callback):
+    """Keeps what every optimizer step of a run in this process starts from.
+
+    Its entries are of the class: a config builds the callback.
+    """
+
+    seen: list[dict[str, Any]] = []  # noqa: RUF012
+    factors: list[dict[str, torch.Tensor]] = []  # noqa: RUF012
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Forget the run before."""
+        Watch.seen, Watch.factors = [], []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, number: int) -> None:
+        """Weights, learning rate and whether the optimizer knows anything."""
+        if number % trainer.accumulate_grad_batches == 0:
+            named = pl_module.named_parameters()
+            optimizer = trainer.optimizers[0]
+            Watch.seen.append(
+                {
+                    "weights": {n: p.detach().clone() for n, p in named if p.requires_grad},
+                    "states": len(optimizer.state),
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "uids": batch.uids,
+                }
+            )
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Weights after the step."""
+        named = pl_module.named_parameters()
+        Watch.factors.append({n: p.detach().clone() for n, p in named if p.requires_grad})
+
+
+#: Adds ``Watch``.
+WATCHED = ["+callbacks.watch._target_=tests.embedding_runs.parts.Watch"]

@@ -29,9 +29,10 @@ from tests.runs import (
 pytestmark = pytest.mark.slow
 Make = Callable[..., Any]
 #: Two steps of each stage, of eight rows, in a model of one layer.
+STAGES = "{name: warmup, steps: 2}, {name: bridge, steps: 2}, {name: contrastive, steps: 2}"
 SMALL = [
     "model=cocoa",
-    "data.stages=[{name: warmup, steps: 2}, {name: bridge, steps: 2}, {name: contrastive, steps: 2}]",
+    f"data.stages=[{STAGES}]",
     "data.batch_size=8",
     "data.bridge_batch_size=8",
     "data.task.num_train=24",
@@ -39,7 +40,7 @@ SMALL = [
     "data.task.num_test=6",
     "backbone.tiny.num_layers=1",
     "trainer.max_steps=-1",
-]  # fmt: skip
+]
 STEPS = 6
 EVERY_STEP = ["callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.every_seconds=null",
               "trainer.limit_val_batches=1.0"]  # fmt: skip
@@ -119,8 +120,11 @@ TWO = {
     "ddp, chunks, windows": (DDP, ["model.chunk_size=3", "data.micro_batches=2"]),
     "ddp, adapters": (DDP, PLAIN),
     "fsdp": (FSDP, []),
-    # chunks of texts on one rank beside chunks of images on the other
-    "fsdp, chunks": (FSDP, ["model.chunk_size=3"]),
+    # in half of the bridge's micro-batches one rank has an image and the other a text
+    "fsdp, chunks, windows": (
+        FSDP,
+        ["model.chunk_size=3", "data.micro_batches=2", "data.bridge_batch_size=2"],
+    ),
     "fsdp, adapters": (FSDP, PLAIN),
 }
 

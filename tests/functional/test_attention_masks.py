@@ -18,6 +18,7 @@ from lightning_modules.functional.attention_masks import (
     causal_mask,
     eos_positions,
     mask_tokens,
+    span_draws,
 )
 
 MASK, EOS, PAD = 3, 2, 0
@@ -238,3 +239,40 @@ def test_masking_refuses_what_cannot_work():
 def test_examples():
     result = doctest.testmod(attention_masks)
     assert result.attempted and not result.failed
+
+
+def test_draws_of_a_span_depend_on_its_seed_alone():
+    spans, seeds = [(1, 5), (3, 7), (0, 2)], [4, 4, 9]
+    draws = span_draws(spans, seeds, 9)
+    assert torch.equal(draws[0, 1:5], draws[1, 3:7]), "wherever the span is"
+    assert torch.equal(draws[2], span_draws(spans[2:], seeds[2:], 9)[0]), "in whatever batch"
+    assert torch.equal(draws[0], span_draws(spans[:1], [4], 20)[0, :9]), "however long the row"
+    assert not torch.equal(draws[0, 1:3], draws[2, :2])
+    inside = torch.zeros(3, 9, dtype=torch.bool)
+    for row, (first, end) in enumerate(spans):
+        inside[row, first:end] = True
+    assert draws[~inside].eq(1).all() and draws[inside].lt(1).all()
+    many = span_draws([(0, 4000)], [0], 4000)
+    assert abs(float((many < 0.3).float().mean()) - 0.3) < 0.03
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(span_draws(spans, seeds, 9), draws), (
+            "also where bf16-true is the default"
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_draws_decide_what_is_masked():
+    ids = torch.tensor([[5, 6, 7, 8]])
+    everything = torch.ones_like(ids).bool()
+    common = {"probability": 0.5, "mask_id": MASK, "special_ids": []}
+    draws = torch.tensor([[0.0, 0.4, 0.6, 0.49]])
+    taken = mask_tokens(ids, everything, everything, draws=draws, **common)
+    assert taken.positions.tolist() == [1, 3] and taken.targets.tolist() == [6, 8]
+    none = mask_tokens(ids, everything, everything, draws=draws + 0.5, **common)
+    assert none.positions.tolist() == [1], "the least draw that may be taken"
+    generator = torch.Generator()
+    for wrong in ({}, {"draws": draws[:, 1:]}, {"draws": draws, "generator": generator}):
+        with pytest.raises(ValueError, match="draws"):
+            mask_tokens(ids, everything, everything, **common, **wrong)

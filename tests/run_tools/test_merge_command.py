@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,8 +121,8 @@ def test_nothing_given(models: list[str], tmp_path: Path) -> None:
 
 WITHOUT_BASE = ["linear", "slerp", "multislerp", "karcher"]
 METHOD_OPTIONS = {
-    "ties": ["+merge.options.density=0.5"],
-    "dare": ["+merge.options.density=0.5", "+merge.options.seed=3"],
+    "ties": ["merge.options.density=0.5"],
+    "dare": ["merge.options.density=0.5", "merge.options.seed=3"],
 }
 ENCODER = TinyEncoderOptions(
     hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, max_positions=16
@@ -134,6 +136,11 @@ def encoders(folder: Path, words: list[str], count: int = 3) -> list[str]:
         build_tiny_encoder(one, words, ENCODER, seed=seed)
         write_sentence_transformers(one, TextEncoding(), width=16, normalize=True)
     return [str(one) for one in made]
+
+
+def test_every_option_has_its_key(compose: Callable[..., Any]) -> None:
+    known = {name for method in METHODS.values() for name in method.options}
+    assert set(compose(smoke=False).merge.options) == known | {"one_d"}
 
 
 def merge_line(*overrides: str, models: list[str], output: Path) -> tuple[int, str, str]:
@@ -236,7 +243,9 @@ def test_folders_that_do_not_go_together(models: list[str], tmp_path: Path) -> N
         ("+merge.modles=[a,b]", "unknown key 'merge.modles'; did you mean 'models'?"),
         ("merge.models=a", "merge.models='a' must be a list"),
         ("merge.method=slurp", "merge.method='slurp' is not known; allowed: 'linear'"),
-        ("+merge.options.densty=0.5", "unknown key 'merge.options.densty' of linear"),
+        ("merge.options.densty=1", "'merge.options.densty'; did you mean 'merge.options.density'?"),
+        ("+merge.options.densty=1", "unknown key 'merge.options.densty' of linear"),
+        ("merge.options.density=1", "unknown key 'merge.options.density' of linear"),
         ("mode=mege", "mode='mege' must be one of"),
     ],
 )

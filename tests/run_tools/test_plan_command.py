@@ -12,10 +12,14 @@ import pytest
 import torch
 
 from tests.data_files import write_judge
-from tests.models import EMBEDDING_MODELS, POLICY_MODELS
+from tests.models import EMBEDDING_MODELS, POLICY_MODELS, composed, has_rollouts
 from tests.runs import REPO, SMALL, main
 
-RECIPES = sorted(path.stem for path in (REPO / "conf" / "experiment").glob("*_paper.yaml"))
+RECIPES = sorted(
+    path.stem
+    for path in (REPO / "conf" / "experiment").glob("*_paper.yaml")
+    if has_rollouts(composed(f"experiment={path.stem}"))
+)
 
 
 def _states() -> tuple[Any, ...]:

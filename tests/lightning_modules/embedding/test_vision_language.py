@@ -90,6 +90,28 @@ def test_untied_and_other_shapes(tmp_path):
     assert vl.model(input_ids=ids, **vl_inputs(vl, ids, valid, encoded)).logits.isfinite().all()
 
 
+def test_without_words_a_token_is_a_byte(tmp_path):
+    build_tiny_vl(tmp_path, None, TinyVLOptions(num_layers=1), seed=0)
+    vl = load_vl(tmp_path)
+    assert len(vl.tokenizer) == vl.model.config.text_config.vocab_size == 3 + 256 + 5
+    ids = vl.tokenizer("Ein St\u00fcck")["input_ids"]
+    assert len(ids) == 10 and vl.tokenizer.decode(ids) == "Ein St\u00fcck"
+    assert vl.tokenizer("<|image_pad|>")["input_ids"] == [vl.model.config.image_token_id]
+    assert vl.mask_id == vl.tokenizer.get_vocab()["<mask>"]
+
+
+def test_weights_can_be_left_to_a_checkpoint(vl_folder, vl, tmp_path):
+    for path in vl_folder.iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copy(path, tmp_path)
+    bare = load_vl(tmp_path, random_init=True)
+    assert bare.model.training and bare.model.dtype == torch.float32
+    mine, theirs = bare.model.state_dict(), vl.model.state_dict()
+    assert {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}
+    assert not torch.equal(mine["lm_head.weight"], theirs["lm_head.weight"])
+    assert bare.model.lm_head.weight is bare.model.get_input_embeddings().weight
+
+
 @pytest.mark.parametrize(
     ("words", "options", "message"),
     [
