@@ -173,7 +173,7 @@ def test_every_scene_is_told_of_by_image_and_by_text(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        ({"stages": [{"name": "brigde", "steps": 1}]}, "data.stages[0].name='brigde' must be one "
+        ({"stages": [{"name": "bridgee", "steps": 1}]}, "data.stages[0].name='bridgee' must be one "
          "of warmup, bridge, contrastive; did you mean 'bridge'"),
         ({"stages": [{"name": "bridge", "step": 1}]}, "data.stages[0]={'name': 'bridge', 'step': "
          "1} must be {name: bridge, steps: 500}"),
@@ -194,9 +194,9 @@ def test_bad_stages_are_refused(folder: Path, options: dict[str, Any], wanted: s
 def test_bad_encodings_are_refused_together(tiny_folder: Path) -> None:
     with pytest.raises(ValueError) as error:
         ImageTextEncoding(
-            max_sequence_tokens=5, image_sizes={"brigde": 8, "bridge": 0}, cache_images=-1
+            max_sequence_tokens=5, image_sizes={"bridgee": 8, "bridge": 0}, cache_images=-1
         )
-    for wanted in ("image_sizes.brigde: no such stage; there are warmup", "mean 'bridge'",
+    for wanted in ("image_sizes.bridgee: no such stage; there are warmup", "mean 'bridge'",
                    "image_sizes.bridge=0", "max_sequence_tokens=5", "cache_images=-1"):  # fmt: skip
         assert wanted in str(error.value)
     with pytest.raises(ValueError, match="reads no images: give a Qwen2-VL or Qwen2.5-VL folder"):

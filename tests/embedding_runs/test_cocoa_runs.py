@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import train
 from datamodules.tasks.shapes_pairs import ShapesPairs
+from tests.data_files import write_rows
 from tests.runs import (
     assert_same_run,
     assert_same_weights,
@@ -107,6 +108,26 @@ def test_checkpoint_and_export_are_enough(make_config: Make, tmp_path: Path) -> 
     )  # fmt: skip
     tag = "test/retrieval/alignment"
     assert exported[tag] == pytest.approx(expected[tag], abs=1e-5)
+
+
+def test_stages_from_files(make_config: Make, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path, "image_text_file", 40)
+    captions = tmp_path / "captions.jsonl"
+    lines = [{"image_path": f"{i}.png", "caption": f"number {i}"} for i in range(1, 41)]
+    captions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    metrics = train.run(
+        make_config(
+            *(option for option in SMALL if "data.task" not in option),
+            "data=image_text_file", f"data.path={rows}", f"data.task.captions_path={captions}",
+            "data.task.val_fraction=0.2", "data.encoding.image_sizes={warmup: 16}",
+            "trainer.limit_test_batches=1.0",
+        )
+    )  # fmt: skip
+    assert metrics["steps"] == STEPS
+    for stage in ("warmup", "bridge"):
+        assert metrics[f"train/{stage}/loss"] > 1
+    assert 0 < metrics["test/pairs/recall_at_10"] <= 1
+    assert {"test/bridge/loss", "test/bridge/gap"} <= metrics.keys()
 
 
 #: Ways to train on two processes; plain gradients, so that weights differ as much as these do.

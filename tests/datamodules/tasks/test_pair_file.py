@@ -214,9 +214,9 @@ def test_without_negatives_of_the_batch_every_row_needs_its_own(tmp_path: Path) 
 
 def test_wrong_options_are_named_together() -> None:
     with pytest.raises(ValueError) as error:
-        PairFile(path="", kind="retreival", dataset=" ", val_fraction=2)  # type: ignore[arg-type]
+        PairFile(path="", kind="retrieva", dataset=" ", val_fraction=2)  # type: ignore[arg-type]
     for wanted in (
-        "data.task.kind='retreival': allowed are retrieval, sts, classification, clustering; did",
+        "data.task.kind='retrieva': allowed are retrieval, sts, classification, clustering; did",
         "data.task.dataset=' '",
         "data.task.val_fraction=2",
         "data.path is not set",
@@ -224,8 +224,8 @@ def test_wrong_options_are_named_together() -> None:
         assert wanted in str(error.value)
     node = {"_target_": "datamodules.tasks.pair_file.PairFile", "path": "a", "columns": {}}
     assert check_node("data.task", node | {"in_batch": False, "val_path": None}) == []
-    [wrong] = check_node("data.task", node | {"kind": "retreival"})
-    assert wrong.startswith("data.task.kind='retreival'") and "'retrieval'" in wrong
+    [wrong] = check_node("data.task", node | {"kind": "retrieva"})
+    assert wrong.startswith("data.task.kind='retrieva'") and "'retrieval'" in wrong
 
 
 def test_the_real_file(shared_data: Path) -> None:
