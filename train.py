@@ -290,7 +290,7 @@ def prepare_backbone(config: DictConfig, data: Any) -> dict[str, Any]:
     if not options["path"]:
         if data.task.vocabulary() is None:
             rank_zero_warn(
-                "a tiny model that has only seen the answer format cannot judge English: "
+                "a tiny model that has never read real text cannot judge English: "
                 "this run shows that the pipeline works, nothing else; for results use "
                 "backbone=hf backbone.path=<model>"
             )

@@ -30,6 +30,7 @@ from lightning_modules.functional.choices import check_choice
 from lightning_modules.functional.merge_figures import MergeReport
 from lightning_modules.functional.merging import METHODS, argument_problems
 from lightning_modules.functional.states import (
+    exported_weights,
     folder_tensors,
     load_dense,
     read_tensors,
@@ -99,7 +100,7 @@ class ModelMerging(Callback):
         """Check the merge before anything is trained; keep the weights of the start.
 
         Raises:
-            ValueError: The merge is not possible, or there is nothing to merge.
+            ValueError: The merge is not possible, or could not be loaded into this model.
         """
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         steps = list(getattr(data, "bag_steps", [trainer.max_steps]))
@@ -108,6 +109,8 @@ class ModelMerging(Callback):
             raise ValueError("; ".join(problems))
         if self._is_alone(len(steps)):
             return
+        module: Any = pl_module
+        exported_weights(module.policy.base)
         start = self.folder / "start.safetensors"
         if trainer.global_step == 0:
             write_tensors(start, _trainable(pl_module).items(), is_writer=trainer.is_global_zero)

@@ -86,7 +86,7 @@ class ImageTextDataModule(PairDataModule):
         **options: Of ``PairDataModule``; the schedule is not used.
 
     Raises:
-        ValueError: An unknown stage, or none, or a count out of range.
+        ValueError: An unknown stage, or none, a count out of range, or bags beside stages.
     """
 
     task: ImageTextTask
@@ -105,6 +105,8 @@ class ImageTextDataModule(PairDataModule):
         problems = [
             problem for number, stage in enumerate(stages) for problem in _problems(number, stage)
         ]
+        if self.schedule.bags is not None:
+            problems.append("data.schedule.bags cannot be cut from data with stages: use null")
         if problems:
             raise ValueError("; ".join(problems))
         own = bridge_batch_size or self.batch_size

@@ -82,16 +82,24 @@ class PairSource(Source):
     def __init__(self, data: PairDataModule, batches: Sequence[Batch] | None = None) -> None:
         self.data, self.window = data, data.window
         self.sets = data.training_sets()
-        rank, world = data.ranks
-        self.batches = share(data.plan.batches if batches is None else batches, rank, world)
-        self._positives = [known_positives(each.rows) for each in self.sets] if self.batches else []
+        self.batches = batches
+        self._shares: dict[int, Sequence[Batch]] = {}
+        has_rows = batches is None or len(batches) > 0
+        self._positives = [known_positives(each.rows) for each in self.sets] if has_rows else []
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self._of(0))
+
+    def _of(self, epoch: int) -> Sequence[Batch]:
+        """This rank's share of a pass."""
+        if epoch not in self._shares:
+            batches = self.data.plan_of(epoch).batches if self.batches is None else self.batches
+            self._shares[epoch] = share(batches, *self.data.ranks)
+        return self._shares[epoch]
 
     def batch(self, epoch: int, index: int) -> PairBatch:
         """Encode one batch."""
-        batch = self.batches[index]
+        batch = self._of(epoch)[index]
         places = locate(batch, [len(each.rows) for each in self.sets])
         chosen = [(self.sets[i], self._row(i, row), self._positives[i]) for i, row in places]
         return self.collate(chosen, batch.num_counted)

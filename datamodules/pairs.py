@@ -19,7 +19,7 @@ from datamodules.pair_source import PairBatch as PairBatch
 from datamodules.pair_source import PairSource as PairSource
 from datamodules.pair_source import known_positives
 from datamodules.pair_source import text_id as text_id
-from datamodules.sources import nearest
+from datamodules.sources import nearest, stable_hash
 from datamodules.tasks.embedding import EmbeddingTask, EvalSet, Item, PairSet
 from datamodules.texts import TextEncoding
 
@@ -83,7 +83,7 @@ class PairDataModule(LightningDataModule):
         self.mined: Mapping[str, Sequence[Sequence[int]]] = {}
         self._sets: list[PairSet] | None = None
         self._passages: dict[str, tuple[list[Item], list[list[int]]]] = {}
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[tuple[int, int], Plan] = {}
 
     def prepare(
         self,
@@ -184,19 +184,28 @@ class PairDataModule(LightningDataModule):
 
     @property
     def plan(self) -> Plan:
-        """The batches of the run."""
+        """The batches of the run, or of its first pass where ``trainer.max_epochs`` is above 1."""
+        return self.plan_of(0)
+
+    def plan_of(self, epoch: int) -> Plan:
+        """The batches of a pass of the trainer, as many as in every other.
+
+        Args:
+            epoch: Of the trainer.
+        """
         _, world = self.ranks
-        if world not in self._plans:
+        if (world, epoch) not in self._plans:
             if self.batch_size % world:
                 raise ValueError(
                     f"data.batch_size={self.batch_size} cannot be shared evenly by {world} "
                     f"processes: use a multiple"
                 )
             sizes = {each.name: len(each.rows) for each in self.training_sets()}
-            self._plans[world] = self.schedule.plan(
-                sizes, batch_size=self.batch_size, seed=self.seed, window=self.window
+            seed = stable_hash(self.seed, "epoch", epoch) % 2**31 if epoch else self.seed
+            self._plans[world, epoch] = self.schedule.plan(
+                sizes, batch_size=self.batch_size, seed=seed, window=self.window
             )
-        return self._plans[world]
+        return self._plans[world, epoch]
 
     @property
     def stage_steps(self) -> list[int]:

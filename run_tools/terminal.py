@@ -30,6 +30,7 @@ def quiet() -> None:
         ".*module.s. in eval mode.*",
         ".*does not have many workers.*",
         ".*smaller than the logging.*",
+        ".*Total length of .list. across ranks is zero.*",  # a split without rows
     ):
         warnings.filterwarnings("ignore", message=text)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -49,6 +50,17 @@ class TextEncoder(nn.Module):
         """Configuration of the Hugging Face model."""
         return self.base.config
 
+    @cached_property
+    def most_tokens(self) -> int | None:
+        """Tokens that a table of learned positions (BERT's, RoBERTa's) has room for; None without
+        one."""
+        tables = [
+            part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1)
+            for name, part in self.base.named_modules()
+            if name.endswith("position_embeddings") and isinstance(part, nn.Embedding)
+        ]
+        return min(tables, default=None)
+
     @property
     def width(self) -> int:
         """Dimensions of a vector."""
@@ -74,7 +86,15 @@ class TextEncoder(nn.Module):
 
         Returns:
             ``(n, d)``, not normalised; float32 or wider.
+
+        Raises:
+            ValueError: There are more tokens than learned positions.
         """
+        if self.most_tokens is not None and input_ids.shape[1] > self.most_tokens:
+            raise ValueError(
+                f"a text of {input_ids.shape[1]} tokens, and this backbone has positions for "
+                f"{self.most_tokens}: lower data.encoding.max_query_tokens and max_passage_tokens"
+            )
         hidden = self.model(**self.inputs(input_ids, mask)).last_hidden_state
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         weights = pool.to(wide.dtype)

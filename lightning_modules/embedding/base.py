@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,8 +35,6 @@ from lightning_modules.functional.contrastive import (
 )
 from lightning_modules.functional.sums import masked_sum_count
 from lightning_modules.functional.uniformity import alignment
-
-SEARCHED = 100  # places of a ranking that metrics see
 
 
 class EmbeddingModule(VectorModule):
@@ -63,6 +61,9 @@ class EmbeddingModule(VectorModule):
     Raises:
         ValueError: A value is out of range.
     """
+
+    #: Stages of ``data.stages`` that the method knows
+    stages: ClassVar[tuple[str, ...]] = ("contrastive",)
 
     def __init__(
         self,
@@ -144,6 +145,22 @@ class EmbeddingModule(VectorModule):
             raise ValueError(
                 f"model.matryoshka_dims={self.matryoshka_dims}: this backbone has vectors of "
                 f"{self.policy.width} dimensions"
+            )
+
+    def on_fit_start(self) -> None:
+        """Refuse stages of ``data.stages`` that this method does not train.
+
+        Raises:
+            ValueError: There is one.
+        """
+        super().on_fit_start()
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        names = [stage.name for stage in getattr(data, "stages", [])]
+        if odd := [name for name in names if name not in self.stages]:
+            raise ValueError(
+                f"data.stages has the stage {odd[0]!r}, and this model trains "
+                f"{', '.join(self.stages)} only: take model=cocoa, or other stages such as "
+                f"'data.stages=[{{name: contrastive, steps: 300}}]'"
             )
 
     def stage_steps(self, total: int) -> list[int]:

@@ -72,6 +72,8 @@ class CoCoA(EmbeddingModule):
 
     policy: VisionLanguageEncoder
 
+    stages = ("warmup", "bridge", "contrastive")
+
     def __init__(
         self,
         *,

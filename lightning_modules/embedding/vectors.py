@@ -126,6 +126,8 @@ class VectorModule(EvaluatedModule):
             if not is_counted:
                 continue
             values = self.measure(one)
+            if not values:
+                continue
             for arm in dict.fromkeys(["", one.group, one.name] if one.group else ["", one.name]):
                 known = found.setdefault(arm, {})
                 for name, value in values.items():
@@ -142,6 +144,8 @@ class VectorModule(EvaluatedModule):
         """
         records = []
         for one in batch.items:
+            if not isinstance(one, RetrievalSet | StsSet):
+                continue
             parts: dict[str, tuple[Any, Role]] = (
                 {"query": (one.queries, "query"), "passage": (one.corpus, "passage")}
                 if isinstance(one, RetrievalSet)
@@ -159,14 +163,15 @@ class VectorModule(EvaluatedModule):
         """Metrics of one evaluation set, equal on every rank.
 
         Args:
-            one: A ``RetrievalSet`` or ``StsSet``.
+            one: A ``RetrievalSet`` or ``StsSet``; a set of another kind has no metrics here.
         """
         if isinstance(one, RetrievalSet):
             queries = self.shared_vectors(one.queries, "query", one.instruction)
             corpus = self.shared_vectors(one.corpus, "passage", one.instruction)
             with _float32():
                 return self._measure_retrieval(one, queries, corpus)
-        assert isinstance(one, StsSet)
+        if not isinstance(one, StsSet):
+            return {}
         first = self.shared_vectors(one.first, "query", one.instruction)
         second = self.shared_vectors(one.second, "query", one.instruction)
         with _float32():

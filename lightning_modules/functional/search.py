@@ -6,6 +6,7 @@ query. A *place* is a row of the corpus.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Sequence
 from hashlib import blake2b
@@ -260,6 +261,7 @@ def _equal_rows(vectors: Tensor) -> list[list[int]]:
 
 def _faiss(queries: Tensor, corpus: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Scores and places ``(Q, k)`` in the order that faiss finds them; k is at most C."""
+    logging.getLogger("faiss").setLevel(logging.WARNING)  # its loader tells of instruction sets
     import faiss  # takes time to import
 
     faiss.omp_set_num_threads(torch.get_num_threads())  # it may have an OpenMP of its own

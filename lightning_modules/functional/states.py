@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 
 def reshard(module: torch.nn.Module) -> None:
@@ -118,15 +120,10 @@ def load_dense(model: torch.nn.Module, named: Iterable[tuple[str, Tensor]]) -> N
         named: Names and tensors as an export has them.
 
     Raises:
-        ValueError: A weight of the model is missing, or adapters are of a kind that cannot be made
-            to add nothing (DoRA).
+        ValueError: A weight of the model is missing, or ``exported_weights`` refuses the model.
     """
     live = model.state_dict(keep_vars=True)
-    if odd := [name for name in live if "lora_magnitude" in name]:
-        raise ValueError(f"merged weights cannot be loaded under DoRA ({odd[0]})")
-    dense = {
-        name.replace(".base_layer.", "."): t for name, t in live.items() if "lora_" not in name
-    }
+    dense = exported_weights(model)
     seen = set()
     for name, value in named:
         if name in dense:
@@ -138,6 +135,37 @@ def load_dense(model: torch.nn.Module, named: Iterable[tuple[str, Tensor]]) -> N
         if "lora_B" in name or "lora_embedding_B" in name:
             with torch.no_grad():
                 tensor.zero_()
+
+
+def exported_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Live dense weights under the names that an export gives them.
+
+    Exports may have other names than the model: those of Qwen2.5-VL keep its first checkpoints'.
+
+    Args:
+        model: The base model, with adapters in its layers or without.
+
+    Raises:
+        ValueError: Adapters are of a kind that cannot be made to add nothing (DoRA), or exports cut
+            or join weights (the experts of some mixtures).
+    """
+    live = model.state_dict(keep_vars=True)
+    if odd := [name for name in live if "lora_magnitude" in name]:
+        raise ValueError(f"merged weights cannot be loaded under DoRA ({odd[0]})")
+    dense = {
+        name.replace(".base_layer.", "."): t for name, t in live.items() if "lora_" not in name
+    }
+    if not isinstance(model, PreTrainedModel):
+        return dense
+    marks = {name: torch.empty(t.shape, device="meta") for name, t in dense.items()}
+    names = {id(mark): name for name, mark in marks.items()}
+    exported = revert_weight_conversion(model, dict(marks))
+    if odd := [name for name, mark in exported.items() if id(mark) not in names]:
+        raise ValueError(
+            f"exports of this architecture cut or join weights ({odd[0]}): merges cannot be loaded "
+            f"into the running model; merge exported folders with mode=merge instead"
+        )
+    return {name: dense[names[id(mark)]] for name, mark in exported.items()}
 
 
 def _place(tensor: Tensor) -> int:

@@ -107,6 +107,29 @@ def test_a_batch_is_a_pure_function_of_seed_and_number() -> None:
     assert tensors[0].queries == tensors[1].queries
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"name": "example_shuffle"},
+        {"name": "sequential", "replay": 0.2},
+        {"name": "two_stage", "groups": [["web"], ["sts"]]},
+        {"name": "temperature", "temperature": 2.0},
+    ],
+)
+def test_passes_of_the_trainer_have_orders_of_their_own(options: dict[str, Any]) -> None:
+    data = module(*TWO, schedule=Schedule(**options))
+    source = PairSource(data)
+    passes = [[source.batch(e, i).uids for i in range(len(source))] for e in range(3)]
+    assert passes[0] != passes[1] != passes[2] != passes[0]
+    assert [source.batch(1, i).uids for i in range(len(source))] == passes[1]
+    other = PairSource(module(*TWO, schedule=Schedule(**options), seed=1))
+    assert [other.batch(1, i).uids for i in range(len(other))] != passes[1]
+    shares = [PairSource(module(*TWO, ranks=(r, 2), schedule=Schedule(**options))) for r in (0, 1)]
+    joined = [sorted(u for s in shares for u in s.batch(1, i).uids) for i in range(len(source))]
+    assert joined == [sorted(uids) for uids in passes[1]]
+
+
 def test_shares_of_two_ranks_join_to_the_whole() -> None:
     options: dict[str, Any] = {"schedule": Schedule(drop_last=False), "num_negatives": 2}
     sets = (PairSet("web", rows(18, "web", 3)), PairSet("sts", rows(7, "sts", 1)))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from safetensors.torch import load_file
 
 import train
@@ -128,6 +129,44 @@ def test_stages_from_files(make_config: Make, tmp_path: Path) -> None:
         assert metrics[f"train/{stage}/loss"] > 1
     assert 0 < metrics["test/pairs/recall_at_10"] <= 1
     assert {"test/bridge/loss", "test/bridge/gap"} <= metrics.keys()
+
+
+CONTRAST = ["data.stages=[{name: contrastive, steps: 2}]", "test_base=false"]
+
+
+@pytest.mark.parametrize("lora", [[], LORA], ids=["whole", "adapters"])
+def test_merges_with_an_earlier_run(lora: list[str], make_config: Make, tmp_path: Path) -> None:
+    """Exports of Qwen2.5-VL have other names than the running model."""
+    own = [*SMALL, *CONTRAST, "trainer.limit_test_batches=1.0"]
+    train.run(make_config(*own, "seed=1", "run_id=earlier"))
+    earlier = tmp_path / "cocoa" / "earlier" / "export"
+    merging = ["callbacks=[default,model_merging]", "callbacks.model_merging.method=linear"]
+    include = f"callbacks.model_merging.include=[{earlier}]"
+    found = train.run(make_config(*own, *lora, *merging, include, "run_id=merged"))
+    run = tmp_path / "cocoa" / "merged"
+    exports = [load_file(folder / "model.safetensors") for folder in (earlier, run / "bags" / "0")]
+    merged = load_file(run / "export" / "model.safetensors")
+    mean = {name: (exports[0][name] + exports[1][name]) / 2 for name in merged}
+    assert "visual.patch_embed.proj.weight" in merged
+    assert_same_weights(mean, merged, atol=1e-6)
+    assert any(not torch.equal(exports[0][name], exports[1][name]) for name in merged)
+    tested = train.run(make_config(*own, "mode=test", f"backbone.path={run / 'export'}"))
+    tag = "test/retrieval/alignment"
+    assert tested[tag] == pytest.approx(found[tag], abs=1e-5)
+
+
+def test_images_and_texts_by_contrast_alone(make_config: Make) -> None:
+    own = [*SMALL[1:], "model=contrastive", "data=shapes_caption", "backbone=tiny_vl"]
+    own += ["trainer.limit_test_batches=1.0"]
+    with pytest.raises(ValueError, match="the stage 'warmup', and this model trains contrastive"):
+        train.run(make_config(*own, "test_base=false"))
+    metrics = train.run(make_config(*own, *CONTRAST, "run_id=contrast"))
+    assert metrics["steps"] == 2 and 0 < metrics["test/retrieval/recall_at_10"] <= 1
+    assert "test/bridge/gap" not in metrics and "test/gap" not in metrics
+    with pytest.raises(
+        InstantiationException, match="data.schedule.bags cannot be cut from data with stages"
+    ):
+        train.run(make_config(*own, *CONTRAST, "data.schedule.bags=[{percent: 50}]", "run_id=bags"))
 
 
 #: Ways to train on two processes; plain gradients, so that weights differ as much as these do.
