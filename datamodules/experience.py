@@ -76,6 +76,9 @@ class Completion:
         finish_reason: Why it ended.
         policy_version: Optimizer steps the weights had seen when it was sampled.
         candidates: Where ``Sampling.candidates`` asked for them, else None.
+        observed: True for tokens that an environment wrote (search results), one a token; None
+            where the policy wrote them all. Their log-probs are 0 and nothing trains on them.
+        trace: What happened in an episode, for its task; None for a plain completion.
     """
 
     token_ids: tuple[int, ...]
@@ -83,6 +86,8 @@ class Completion:
     finish_reason: FinishReason
     policy_version: int = 0
     candidates: Candidates | None = field(default=None, repr=False, compare=False)
+    observed: tuple[bool, ...] | None = field(default=None, repr=False)
+    trace: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass

@@ -28,6 +28,8 @@ class Sampling:
         top_p: Nucleus mass, 1 keeps the whole distribution.
         top_k: Number of most probable tokens kept, 0 keeps all.
         candidates: Most probable tokens reported at every position (``Completion.candidates``).
+        stop_ids: Tokens that end a completion besides the end tokens; they stay in it, and the
+            reason is ``stop``.
 
     Raises:
         ValueError: A value is out of range.
@@ -39,6 +41,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     candidates: int = 0
+    stop_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         problems = []

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
-PAD, UNK, EOS = "<pad>", "<unk>", "<eos>"
+from datamodules.word_tokenizer import byte_tokenizer as byte_tokenizer
+from datamodules.word_tokenizer import word_tokenizer as word_tokenizer
 
 
 @dataclass
@@ -38,37 +38,6 @@ class TinyOptions:
     head_dim: int = 16
     max_positions: int = 2048
     tie_embeddings: bool = False
-
-
-def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """One token a word, words parted by spaces."""
-    vocabulary = {word: index for index, word in enumerate([PAD, UNK, EOS, *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, unk_token=UNK, eos_token=EOS
-    )
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte; every text can be encoded and decoded without loss."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {word: index for index, word in enumerate([PAD, UNK, EOS, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex("."), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        unk_token=UNK,
-        eos_token=EOS,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def build_tiny(

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from datamodules.prepared import prepare
-from lightning_modules.backbones.tiny import EOS, PAD, UNK, byte_tokenizer, word_tokenizer
+from datamodules.word_tokenizer import EOS, PAD, UNK, byte_tokenizer, word_tokenizer
 from lightning_modules.options import read_options
 
 MASK = "<mask>"

@@ -1,0 +1,1 @@
+"""Measured utility of passages: trajectories, judges, continued rollouts, selection."""
