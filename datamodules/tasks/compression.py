@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, overload
 
+from datamodules.experience import Completion, Prompt
 from datamodules.tasks.base import Demonstration, Task
 from datamodules.tasks.base import Split as Split
 
@@ -66,6 +67,9 @@ class Context:
         twin: ``uid`` of its minimal pair, equal but for the slots that the pair is about; "" for
             none.
         where: ``file:line``, for messages.
+
+    Raises:
+        ValueError: Two slots have one key.
     """
 
     uid: str
@@ -74,6 +78,14 @@ class Context:
     probes: tuple[Probe, ...] = ()
     twin: str = ""
     where: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        keys = [slot.key for slot in self.slots]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(
+                f"{self.where or self.uid}: the slot {twice[0]!r} occurs twice in one text: every "
+                f"fact needs a key of its own"
+            )
 
 
 @dataclass(frozen=True)
@@ -90,8 +102,79 @@ class ContextSet:
     contexts: Sequence[Context]
 
 
+#: The word that source masking writes, in the vocabulary of every task of words.
+MASK = "<mask>"
+
+
+class DrawnContexts(Sequence[Context]):
+    """Contexts that are made when they are asked for, the same each time.
+
+    Args:
+        count: How many there are.
+        draw: Makes context ``i``, a pure function.
+
+    Example:
+        >>> DrawnContexts(10**9, lambda i: Context(f"{i}", f"text {i}"))[-1].uid
+        '999999999'
+    """
+
+    def __init__(self, count: int, draw: Callable[[int], Context]) -> None:
+        self._length = count
+        self._draw = draw
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> Context: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Context]: ...
+
+    def __getitem__(self, index: int | slice) -> Context | list[Context]:
+        if isinstance(index, slice):
+            return [self._draw(i) for i in range(*index.indices(self._length))]
+        if not -self._length <= index < self._length:
+            raise IndexError(f"context {index} of {self._length}")
+        return self._draw(index % self._length)
+
+
 class CompressionTask(Task):
     """Texts to compress and what they say. Modules know no task by name."""
+
+    def records(self, split: Split) -> Sequence[Context]:
+        """The contexts of a split."""
+        return self.contexts(split)
+
+    def prompt(self, record: Context) -> Prompt:
+        """The text of a context, then EOS: what is behind it repeats the text.
+
+        Args:
+            record: One of ``contexts``.
+        """
+        ids = self.tokenizer(record.text, add_special_tokens=False)["input_ids"]
+        return Prompt(
+            record.uid, (*ids, int(self.tokenizer.eos_token_id)), self, self.name, record=record
+        )
+
+    def verify(self, prompt: Prompt, completion: Completion) -> dict[str, float]:
+        """Share of the facts that a completion keeps; of a text without facts, whether it is equal.
+
+        Args:
+            prompt: Its record is the context.
+            completion: What was written.
+
+        Returns:
+            ``reward``, and ``valid``: the share of the facts that can be read at all.
+        """
+        ids, context = list(completion.token_ids), prompt.record
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        if not context.slots:
+            return {"reward": float(text.strip() == context.text.strip()), "valid": 1.0}
+        found, count = self.read(context, text), len(context.slots)
+        right = sum(found.get(slot.key) == slot.value for slot in context.slots)
+        lost = sum(found.get(slot.key) is None for slot in context.slots)
+        return {"reward": right / count, "valid": 1 - lost / count}
 
     @abstractmethod
     def contexts(self, split: Split) -> Sequence[Context]:
@@ -144,3 +227,25 @@ class CompressionTask(Task):
             end = int(self.tokenizer.eos_token_id)
             rows.append(Demonstration((end,), (*ids, end)))
         return rows
+
+
+def range_problems(
+    ranges: Mapping[str, tuple[int, int, int | None]], shares: Mapping[str, float]
+) -> list[str]:
+    """What is wrong with the numbers of a world, one message each.
+
+    Args:
+        ranges: Key below ``data.task`` -> value, least and most (None: no bound).
+        shares: Key below ``data.task`` -> a value that must be in [0, 1].
+    """
+    problems = []
+    for key, (value, least, most) in ranges.items():
+        if value < least or (most is not None and value > most):
+            allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+            problems.append(f"data.task.{key}={value} must be {allowed}")
+    problems += [
+        f"data.task.{key}={value} must be in [0, 1]"
+        for key, value in shares.items()
+        if not 0 <= value <= 1
+    ]
+    return problems
