@@ -102,7 +102,8 @@ class DenseEncoder:
                 f"max_passage_tokens of its encoding"
             )
         chunk = chunk.to(model.device)
-        hidden = model(input_ids=chunk.input_ids, attention_mask=chunk.mask.long())
+        with torch.autocast(model.device.type, enabled=False):  # the index is of float32
+            hidden = model(input_ids=chunk.input_ids, attention_mask=chunk.mask.long())
         weights = chunk.pool.float()[:, :, None]
         pooled: Tensor = (hidden.last_hidden_state.float() * weights).sum(1) / weights.sum(1)
         return pooled.cpu()

@@ -2,16 +2,19 @@
 
 Shape legend: ``Q`` queries, ``C`` vectors, ``d`` dimensions, ``K = min(k, C)`` neighbours.
 
-Matrix products round the scores of equal vectors differently. So faiss, in float32, finds a few
-neighbours more than wanted, block by block; their scores are then computed anew in a way that is
-the same for every pair, and searched deeper wherever something left out could still belong to the
-best.
+Matrix products round the scores of equal vectors differently. So a few neighbours more than wanted
+are found with them, block by block; their scores are then computed anew in a way that is the same
+for every pair, and it is searched deeper wherever something left out could still belong to the
+best. Products are torch's: ``faiss.knn`` took 12 times as long (faiss-cpu 1.15, one thread, 256
+queries, 100,000 vectors of 384 dimensions).
 """
 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,7 +24,9 @@ from torch import Tensor
 BLOCK_BYTES = 1 << 28  # of vectors that are compared at once
 SPARE = 8  # neighbours more than wanted
 SLACK = 1e-5  # of a score, relative to the lengths of its vectors: above float32's rounding
-_MAX_FOUND = 1 << 22  # neighbours that one call of faiss may return: 50 MB
+_MAX_FOUND = 1 << 22  # neighbours that are held at once: 50 MB
+_MAX_QUERIES = 1024  # that are compared at once
+_MAX_SCORES = 1 << 24  # products that are held at once: 64 MB
 _MAX_GATHERED = 1 << 23  # numbers that are scored anew at once: 64 MB
 
 
@@ -34,6 +39,7 @@ def load_faiss() -> Any:
     return faiss
 
 
+@torch.no_grad()
 def exact_search(
     queries: Tensor,
     vectors: np.ndarray,
@@ -76,7 +82,7 @@ def exact_search(
     while len(rows):
         depth = min(depth, len(vectors))
         unsure = []
-        for some in rows.split(max(1, _MAX_FOUND // depth)):
+        for some in rows.split(max(1, min(_MAX_QUERIES, _MAX_FOUND // depth))):
             coarse, at = _coarse(queries[some], vectors, depth, block_bytes)
             exact, at = _rescored(queries[some], vectors, at)
             scores[some], places[some] = exact[:, :k], at[:, :k]
@@ -145,19 +151,32 @@ def ordered(scores: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
 def _coarse(
     queries: Tensor, vectors: np.ndarray, depth: int, block_bytes: int
 ) -> tuple[Tensor, Tensor]:
-    """The ``depth`` best of each query by float32 scores of faiss, the best first."""
-    faiss = load_faiss()
+    """The ``depth`` best of each query by products in float32, the best first."""
     scores, places = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
-    for start, block in blocks_of(vectors, block_bytes):
-        some = min(depth, len(block))
-        found, at = faiss.knn(queries.numpy(), block, some, metric=faiss.METRIC_INNER_PRODUCT)
-        if (at < 0).any() or not np.isfinite(found).all():  # faiss has no place for NaN
+    most = _MAX_SCORES // len(queries) * vectors[0].nbytes
+    for start, block in blocks_of(vectors, min(block_bytes, most)):
+        with _exact_products(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a mapped file cannot be written: fine
+            found = queries @ torch.from_numpy(block).T
+        found, at = found.topk(min(depth, len(block)), dim=1)
+        if not found.isfinite().all():  # NaN counts as the largest
             raise ValueError("inner products are too large for float32: normalise the vectors")
-        scores = torch.cat([scores, torch.from_numpy(found)], dim=1)
-        places = torch.cat([places, torch.from_numpy(at) + start], dim=1)
+        scores, places = torch.cat([scores, found], dim=1), torch.cat([places, at + start], dim=1)
         scores, kept = scores.topk(min(depth, scores.shape[1]), dim=1)
         places = places.gather(1, kept)
     return scores, places
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Inside the block products of float32 are float32, whatever training has asked for."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _rescored(queries: Tensor, vectors: np.ndarray, places: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from datamodules.sources import nearest
 
 IndexKind = Literal["flat", "ivf", "hnsw"]
 KINDS = ("flat", "ivf", "hnsw")
-TRAINING_POINTS = 256  # vectors a list that k-means looks at
+TRAINING_POINTS, ROUNDS = 64, 10  # vectors a list that k-means looks at, and how often
 POINTS_PER_LIST = 39  # fewest that make a centroid worth something [faiss]
 #: Options that decide what is built, by kind; the others may change without another build.
 BUILT_WITH: dict[str, tuple[str, ...]] = {

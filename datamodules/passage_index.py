@@ -31,7 +31,7 @@ from datamodules.exact_search import (
     longest_of,
     ordered,
 )
-from datamodules.index_options import TRAINING_POINTS, IndexOptions
+from datamodules.index_options import ROUNDS, TRAINING_POINTS, IndexOptions
 from datamodules.progress import advancing
 
 ABOUT, VECTORS, GRAPH = "index.json", "vectors.npy", "graph.faiss"
@@ -241,6 +241,16 @@ def _store(
 
 def _build_graph(stored: np.ndarray, options: IndexOptions, path: Path, progress: bool) -> None:
     faiss = load_faiss()
+    before = faiss.cvar.distance_compute_blas_threshold
+    faiss.cvar.distance_compute_blas_threshold = 20  # clusters are made 3 times as fast
+    try:
+        graph = _made_graph(faiss, stored, options, progress)
+    finally:
+        faiss.cvar.distance_compute_blas_threshold = before
+    faiss.write_index(graph, str(path))
+
+
+def _made_graph(faiss: Any, stored: np.ndarray, options: IndexOptions, progress: bool) -> Any:
     count, width = stored.shape
     if options.kind == "hnsw":
         graph = faiss.IndexHNSWFlat(width, options.m, faiss.METRIC_INNER_PRODUCT)
@@ -249,13 +259,13 @@ def _build_graph(stored: np.ndarray, options: IndexOptions, path: Path, progress
         num_lists = options.num_lists(count)
         coarse = faiss.IndexFlatIP(width)
         graph = faiss.IndexIVFFlat(coarse, width, num_lists, faiss.METRIC_INNER_PRODUCT)
-        graph.cp.seed, graph.cp.min_points_per_centroid = options.seed, 1
+        graph.cp.seed, graph.cp.niter, graph.cp.min_points_per_centroid = options.seed, ROUNDS, 1
         graph.train(_sample(stored, TRAINING_POINTS * num_lists, options.seed))
     with advancing(f"build {options.kind}", count, is_shown=progress) as advance:
         for _, block in blocks_of(stored, ADDED_BYTES):
             graph.add(block)
             advance(len(block))
-    faiss.write_index(graph, str(path))
+    return graph
 
 
 def _sample(stored: np.ndarray, most: int, seed: int) -> np.ndarray:

@@ -14,7 +14,7 @@ observation that is cut keeps its closing tag; a search beyond the budget ends t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,8 @@ class SearchEngine(Engine):
         max_searches: Searches and invalid actions of an episode [code: 4 in PPO, 5 for labels].
         turn_tokens: Tokens that the agent may write between two observations [code: 512].
         observation_tokens: Most tokens of an observation; None for no bound.
+        fit: Writes what the retriever is asked from (form, question, queries), such as
+            ``search_texts.fit_input`` with a bound; None takes ``retriever_input``, unbounded.
 
     Raises:
         ValueError: A value is out of range.
@@ -106,9 +108,10 @@ class SearchEngine(Engine):
         max_searches: int = 4,
         turn_tokens: int = 512,
         observation_tokens: int | None = None,
+        fit: Callable[[str, str, Sequence[str]], str] | None = None,
     ) -> None:
         problems = [
-            f"engine.{name}={value} must be at least {least}"
+            f"data.search.{name}={value} must be at least {least}"
             for name, value, least in (
                 ("top_k", top_k, 1),
                 ("max_searches", max_searches, 0),
@@ -118,12 +121,13 @@ class SearchEngine(Engine):
             if value is not None and value < least
         ]
         if input not in FORMS:
-            problems.append(f"engine.input={input!r} must be one of {', '.join(FORMS)}")
+            problems.append(f"data.retriever.input={input!r} must be one of {', '.join(FORMS)}")
         if problems:
             raise ValueError("; ".join(problems))
         self.engine, self.task, self.retriever = engine, task, retriever
         self.input, self.top_k, self.max_searches = input, top_k, max_searches
         self.turn_tokens, self.observation_tokens = turn_tokens, observation_tokens
+        self.fit = fit or retriever_input
         self._policy: Any = None
         self._tokenizer: Any = None  # whose stop tokens are kept
         self._stops: tuple[int, ...] = ()
@@ -241,7 +245,7 @@ class SearchEngine(Engine):
     def _input(self, episode: Episode) -> str:
         assert episode.query is not None
         question = episode.start.prompt.record.text
-        return retriever_input(self.input, question, [*episode.queries, episode.query])
+        return self.fit(self.input, question, [*episode.queries, episode.query])
 
     def _bound(self, prompt: Prompt, sampling: Sampling) -> int:
         """Tokens behind the prompt at most."""

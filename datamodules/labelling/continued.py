@@ -54,11 +54,12 @@ def continued_labels(
         For each turn 0 or 1 a candidate; for each turn how many rollouts it added.
     """
     starts: dict[State, EpisodeStart] = {}
+    shown: dict[int, tuple[int, ...]] = {}
     states: list[list[State]] = []
     added: list[int] = []
     for turn in turns:
         before = len(starts)
-        states.append([_add(starts, turn, place, engine, sampling) for place in turn.places])
+        states.append([_add(starts, shown, turn, place, engine, sampling) for place in turn.places])
         added.append(len(starts) - before)
     found = []
     with engine.keyed(f"labels/{seed}/continued"):
@@ -74,6 +75,7 @@ def continued_labels(
 
 def _add(
     starts: dict[State, EpisodeStart],
+    shown: dict[int, tuple[int, ...]],
     turn: OpenTurn,
     place: int,
     engine: SearchEngine,
@@ -83,11 +85,14 @@ def _add(
     head = trajectory.completion.token_ids[: trajectory.turns[turn.number].end]
     state = (trajectory.question.uid, head, place)
     if state not in starts:
-        room = sampling.max_new_tokens - len(head)
+        room = (trajectory.prompt.max_new_tokens or sampling.max_new_tokens) - len(head)
+        room = min(room, sampling.max_new_tokens - len(head))
+        whole = shown.get(place) or shown.setdefault(place, engine.observation((place,)))
+        block = whole if len(whole) <= room else engine.observation((place,), room)
         passage = engine.retriever.corpus[place].uid
         starts[state] = EpisodeStart(
             prompt=trajectory.prompt,
-            prefix=head + engine.observation((place,), room),
+            prefix=head + block,
             queries=turn.queries,
             uid=f"{trajectory.uid}/{turn.number}/{passage}",
         )

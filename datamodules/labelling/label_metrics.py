@@ -26,8 +26,9 @@ def label_metrics(
         counts: Sums over questions, see ``pipeline``.
 
     Returns:
-        By name ``labels/...``. ``drop_*``, ``skipped_*``, ``rows``, ``turns``, ``trajectories``
-        and ``mismatched`` count; ``lr_mean`` is in [0, 1]; ``searches`` are a trajectory's mean.
+        By name ``labels/...``. ``drop_*``, ``skipped_*``, ``rows``, ``turns``, ``rollouts``,
+        ``trajectories`` and ``mismatched`` count; ``lr_mean`` is in [0, 1]; ``searches`` are a
+        trajectory's mean.
     """
     kept = len(turns) - sum(drops.values())
     found = {
@@ -51,6 +52,8 @@ def label_metrics(
         found["judge_parse_fail"] = _share(counts["unread"], counts["requests"])
     if counts["queries"]:
         found["subanswer_coverage"] = _share(counts["sub_answers"], counts["queries"])
+    if counts["rollouts"]:
+        found["rollouts"] = counts["rollouts"]
     found |= _local(turns) | _global(turns) | _together(turns)
     return {f"labels/{name}": float(value) for name, value in found.items()}
 

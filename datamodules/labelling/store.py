@@ -140,6 +140,10 @@ def _turn(values: Mapping[str, Any]) -> LabelledTurn:
         raise ValueError(f"fields {sorted(set(values) ^ known)} are missing or unknown")
     plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     turn = LabelledTurn(**plain)
+    lists = {name: plain[name] for name in ("candidates", "gold", "history")}
+    bad = [name for name, value in lists.items() if not isinstance(value, tuple)]
+    if bad:
+        raise ValueError(f"fields {bad} of turn {turn.turn} must be lists")
     sizes = {len(x) for x in (turn.local, turn.right, turn.gold, turn.candidates) if x is not None}
     if len(sizes) > 1:
         raise ValueError(f"turn {turn.turn} has lists of {sorted(sizes)} entries")

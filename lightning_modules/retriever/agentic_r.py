@@ -123,6 +123,20 @@ class AgenticR(EmbeddingModule):
         loss = (1 - self.rank_loss_weight) * loss + self.rank_loss_weight * rank_loss
         return loss, metrics | ranked.metrics | {"loss": (loss.detach(), 1.0)}
 
+    def on_fit_start(self) -> None:
+        """Log what labelling found, once."""
+        super().on_fit_start()
+        labelled = getattr(self.trainer.datamodule, "labelled", None)  # type: ignore[attr-defined]
+        if labelled is None:
+            return
+        self.results |= labelled.metrics
+        for logger in self.trainer.loggers:
+            logger.log_metrics(labelled.metrics, step=self.global_step)
+            board: Any = getattr(logger, "experiment", None)
+            if hasattr(board, "add_histogram"):
+                for tag, values in labelled.histograms.items():
+                    board.add_histogram(tag, values, self.global_step)
+
     # ------------------------------------------------------------------ evaluation
 
     def measure(self, one: Any) -> dict[str, float]:

@@ -79,6 +79,8 @@ def test_encoding_leaves_the_world_as_it_was(folders: Any) -> None:
     assert encoding.tokenizer is None, "the encoding is another one's"
     assert not vectors.requires_grad and vectors.dtype == torch.float32
     assert torch.allclose(vectors.norm(dim=1), torch.ones(4), atol=1e-6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(encoder.encode(TEXTS, "passage"), vectors), "training has its own"
     other = torch.stack([encoder.encode([text], "passage")[0] for text in TEXTS])
     assert torch.allclose(vectors, other, atol=1e-6), "padding changes nothing"
 

@@ -69,6 +69,19 @@ def test_vectors_may_stay_on_the_disk(tmp_path: Path) -> None:
     assert sum(len(block) for _, block in blocks_of(again, 24 * 4 * 40)) == 100
 
 
+def test_training_in_half_precision_changes_nothing() -> None:
+    vectors, queries = vectors_of(2000), vectors_of(30, seed=1)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            scores, places = exact_search(queries, vectors.numpy(), 20)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert scores.dtype == torch.float32
+    assert places.tolist() == reference(queries, vectors, 20)
+
+
 def test_no_queries_find_nothing() -> None:
     scores, places = exact_search(torch.zeros(0, 24), vectors_of(5).numpy(), 3)
     assert scores.shape == places.shape == (0, 3)

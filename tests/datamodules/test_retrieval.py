@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from datamodules.dense_encoder import DenseEncoder
@@ -165,13 +164,14 @@ BUILD = """
 import sys
 from datamodules.dense_encoder import DenseEncoder
 from datamodules.dense_retrieval import DenseRetriever
+from datamodules.passages import Corpus, Passage
 from datamodules.texts import TextEncoding
-from tests.datamodules.retrieval_parts import made_corpus
 
+corpus = Corpus([Passage(str(i), "", f"w{i % 60:02d} w{i // 60:02d}") for i in range(600)])
 encoder = DenseEncoder(sys.argv[1], TextEncoding())
 print("ready", flush=True)
 sys.stdin.readline()
-retriever = DenseRetriever(made_corpus(600), encoder, None, sys.argv[2])
+retriever = DenseRetriever(corpus, encoder, None, sys.argv[2])
 print(retriever.search(["w01 w02"], 3)[0])
 """
 

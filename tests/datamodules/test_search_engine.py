@@ -2,135 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from datamodules.engines.base import Engine, Sampling, sample_seed
+from datamodules.engines.base import Sampling
 from datamodules.engines.hf import HFEngine
 from datamodules.engines.search import EpisodeStart, SearchEngine, Trace, stop_tokens
 from datamodules.experience import Completion, FinishReason, Prompt
-from datamodules.passages import Corpus, Passage
-from datamodules.search_texts import INVALID_WORDS, information, words_of_protocol
-from datamodules.tasks.searching import Question, SearchTask
+from datamodules.search_texts import INVALID_WORDS, fit_input, information
+from datamodules.tasks.searching import Question
 from datamodules.word_tokenizer import byte_tokenizer, word_tokenizer
 from lightning_modules.backbones.causal_lm import load_causal_lm
 from lightning_modules.backbones.tiny import TinyOptions, build_tiny
 from lightning_modules.options import BackboneOptions
-
-CORPUS = Corpus(
-    [
-        Passage("p0", "ann", "was born in rome"),
-        Passage("p1", "rome", "is in italy"),
-        Passage("p2", "bob", "was born in lima"),
-        Passage("p3", "lima", "is in peru"),
-    ]
+from tests.datamodules.search_parts import (
+    CORPUS,
+    PLACES,
+    SAMPLING,
+    Overlap,
+    Quiz,
+    Writer,
+    agent_text,
+    play,
 )
-PLACES = ["ann", "bob", "rome", "lima", "italy", "peru"]
-BODIES = [*PLACES, "was", "born", "in", "is", "where", "who", "said", "so", "that", "the", "a", "b"]
-SAMPLING = Sampling(max_new_tokens=400)
-
-
-class Overlap:
-    """Passages by shared words with the last part of the text; ties by place."""
-
-    def __init__(self) -> None:
-        self.corpus, self.fingerprint = CORPUS, "overlap"
-        self.calls: list[list[str]] = []
-
-    def search(self, texts: Sequence[str], k: int) -> list[list[int]]:
-        self.calls.append(list(texts))
-        asked = [set(text.rpartition("[SEP]")[2].split()) for text in texts]
-        return [
-            sorted(range(len(CORPUS)), key=lambda p: -len(a & {*CORPUS[p].encoded_text.split()}))[
-                :k
-            ]
-            for a in asked
-        ]
-
-
-class Quiz(SearchTask):
-    """Questions of the little world; words or bytes."""
-
-    name = "quiz"
-    corpus = CORPUS
-
-    def __init__(self, spaced: bool = True) -> None:
-        self.words = [*words_of_protocol(3), *BODIES] if spaced else None
-        self.bind(byte_tokenizer() if self.words is None else word_tokenizer(self.words))
-
-    def vocabulary(self) -> list[str] | None:
-        return self.words
-
-    def records(self, split: Any) -> list[Question]:
-        return [Question(f"q{n}", f"where was {who} born", ("rome",)) for n, who in enumerate("ab")]
-
-    def prompt(self, record: Question) -> Prompt:
-        return Prompt(record.uid, self.ids(record.text), self, record=record)
-
-    def verify(self, prompt: Prompt, completion: Completion) -> dict[str, float]:
-        return {"reward": float(completion.trace.answer in prompt.record.answers)}
-
-    def ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
-
-
-class Writer(Engine):
-    """Goes on with a list of texts for each episode, stopping where a real engine would.
-
-    A text that ends in ``$`` ends with the end token.
-    """
-
-    def __init__(self, task: Quiz, texts: dict[str, list[str]]) -> None:
-        self.task, self.policy_version = task, 3
-        self.left = {uid: list(pieces) for uid, pieces in texts.items()}
-        self.asked: list[list[Prompt]] = []
-
-    def sync(self, policy: Any, version: int) -> None:
-        self.policy_version = version
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
-        self.asked.append(list(prompts))
-        return [[self._write(prompt, sampling)] for prompt in prompts]
-
-    def _write(self, prompt: Prompt, sampling: Sampling) -> Completion:
-        assert prompt.max_new_tokens is not None and sampling.samples == 1
-        pieces = self.left[prompt.uid.rpartition("#")[0]]
-        text = pieces.pop(0)
-        eos = (self.task.tokenizer.eos_token_id,)
-        ids = self.task.ids(text.removesuffix("$")) + (eos if text.endswith("$") else ())
-        ends = [n for n, token in enumerate(ids, start=1) if token in {*sampling.stop_ids, *eos}]
-        stop = min([*ends, len(ids)])
-        if stop < len(ids):  # the rest is written when it is asked for
-            pieces.insert(0, self.task.tokenizer.decode(list(ids[stop:]), skip_special_tokens=True))
-            if text.endswith("$"):
-                pieces[0] += "$"
-        ids = ids[:stop]
-        is_cut = len(ids) > prompt.max_new_tokens
-        ids = ids[: prompt.max_new_tokens]
-        reason = FinishReason.LENGTH if is_cut else FinishReason.STOP
-        return Completion(ids, (-0.5,) * len(ids), reason, self.policy_version)
-
-
-def play(
-    *texts: str, spaced: bool = True, sampling: Sampling = SAMPLING, **options: Any
-) -> tuple[Completion, SearchEngine, Quiz]:
-    """One episode of the first question."""
-    task = Quiz(spaced)
-    prompt = task.prompt(task.records("train")[0])
-    inner = Writer(task, {"q0/0": list(texts)})
-    engine = SearchEngine(inner, task=task, retriever=Overlap(), **options)
-    ((completion,),) = engine.generate([prompt], sampling)
-    return completion, engine, task
-
-
-def agent_text(task: Quiz, completion: Completion, observed: bool = False) -> str:
-    pairs = zip(completion.token_ids, completion.observed, strict=True)
-    return str(task.tokenizer.decode([token for token, mark in pairs if mark is observed]))
 
 
 @pytest.mark.parametrize("spaced", [True, False])
@@ -203,13 +103,13 @@ def test_a_search_beyond_the_budget_ends_the_episode() -> None:
 
 @pytest.mark.parametrize("bound", range(1, 33))
 def test_all_tokens_together_stay_within_the_bound(bound: int) -> None:
-    """3 of the search, 24 of two passages, 3 of the answer."""
+    """3 of the search, 23 of two passages, 3 of the answer."""
     texts = ("<search> ann </search>", "<answer> rome </answer>")
     completion, _, task = play(*texts, top_k=2, sampling=Sampling(max_new_tokens=bound))
-    assert len(completion.token_ids) == min(bound, 30)
+    assert len(completion.token_ids) == min(bound, 29)
     written = agent_text(task, completion).split()
-    assert written == " ".join(texts).split()[: min(bound, 3) + max(min(bound, 30) - 27, 0)]
-    is_whole = bound >= 30
+    assert written == " ".join(texts).split()[: min(bound, 3) + max(min(bound, 29) - 26, 0)]
+    is_whole = bound >= 29
     assert completion.trace.is_cut is not is_whole
     wanted = FinishReason.STOP if is_whole else FinishReason.LENGTH
     assert completion.finish_reason is wanted
@@ -276,6 +176,10 @@ def test_what_the_retriever_gets(form: str, wanted: list[str]) -> None:
     texts = ("<search> ann </search>", "<search> rome </search>", "<answer> rome </answer>")
     _, engine, _ = play(*texts, input=form)
     assert [text for call in engine.retriever.calls for text in call] == wanted
+    fit = partial(fit_input, count_tokens=lambda text: len(text.split()), max_tokens=4)
+    _, engine, _ = play(*texts, input=form, fit=fit)
+    cut = [text for call in engine.retriever.calls for text in call]
+    assert cut == [text.replace("was a born", "was") for text in wanted]
 
 
 def test_an_episode_goes_on_from_its_middle() -> None:
@@ -347,11 +251,11 @@ def test_wrong_options_are_named_together() -> None:
             max_searches=-1, turn_tokens=0, observation_tokens=0,
         )  # fmt: skip
     for part in (
-        "engine.top_k=0 must be at least 1",
-        "engine.max_searches=-1 must be at least 0",
-        "engine.turn_tokens=0",
-        "engine.observation_tokens=0",
-        "engine.input='both' must be one of query, question_query",
+        "data.search.top_k=0 must be at least 1",
+        "data.search.max_searches=-1 must be at least 0",
+        "data.search.turn_tokens=0",
+        "data.search.observation_tokens=0",
+        "data.retriever.input='both' must be one of query, question_query",
     ):
         assert part in str(caught.value)
     engine = SearchEngine(Writer(task, {}), task=task, retriever=Overlap())
@@ -392,10 +296,10 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], SearchEngin
     build_tiny(folder, words, shape, seed=0)
     policy = load_causal_lm(BackboneOptions(path=str(folder)))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
-    for step in range(40):
-        found = " ".join(information([CORPUS[step % 4]], True) for _ in range(2))
-        text = f"where was ann born <search> {BODIES[step % 7]} </search> {found} "
-        text += "<answer> rome </answer>" if step % 2 else "<search> <think> so </think>"
+    for step in range(60):
+        name, found = PLACES[step % 6], information([CORPUS[step % 4], CORPUS[2]], True)
+        text = f"where was {name} born{' so' * (step % 6)} <search> {name} born </search> {found} "
+        text += "<answer> rome </answer>" if step % 3 else f"<search> {name} </search>"
         ids = torch.tensor([task.ids(text)])
         policy(ids, labels=ids).loss.backward()
         optimizer.step()
@@ -465,8 +369,3 @@ def test_greedy_episodes_are_one_and_their_logprobs_the_models(
             torch.tensor(one.logprobs)[~marks], own[~marks], atol=1e-4, rtol=0
         )
         assert isinstance(one.trace, Trace)
-
-
-def test_the_uid_of_a_piece_names_its_seed() -> None:
-    uids = ["q/0#0", "q/0#1", "q/1#0"]
-    assert len({sample_seed("k", uid, 0) for uid in uids}) == 3

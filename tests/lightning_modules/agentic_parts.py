@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from datamodules.engines.search import Trace, Turn
 from datamodules.experience import Completion, FinishReason
 from datamodules.loader import Loader
+from datamodules.pair_source import known_positives
 from datamodules.pairs import PairDataModule
 from datamodules.passages import Corpus, Passage
 from datamodules.retrieval import Retriever
@@ -22,7 +23,7 @@ from datamodules.tasks.embedding import EmbeddingTask, PairRow, PairSet
 from datamodules.tasks.search_set import SearchSet
 from datamodules.tasks.searching import Question
 from datamodules.texts import TextEncoding
-from datamodules.utility_source import UtilityPairRow, UtilitySource
+from datamodules.utility_source import UtilityBatch, UtilityPairRow, UtilitySource
 from lightning_modules.backbones.tiny_encoder import TinyEncoderOptions, build_tiny_encoder
 from lightning_modules.retriever.agentic_r import AgenticR
 
@@ -170,6 +171,14 @@ def data_of(folder: Path, task: SmallWorld | None = None, **options: Any) -> Uti
     data = UtilityData(task=task or SmallWorld(), **given)
     data.bind(AutoTokenizer.from_pretrained(folder))
     return data
+
+
+def collated(folder: Path, rows: list[UtilityPairRow], **options: Any) -> UtilityBatch:
+    """A batch of rows."""
+    data = data_of(folder, SmallWorld(rows=rows), **options)
+    known = known_positives(rows)
+    pairs = data.training_sets()[0]
+    return UtilitySource(data).collate([(pairs, row, known) for row in rows], len(rows))
 
 
 def module_of(folder: Path, kind: type[AgenticR] = AgenticR, **options: Any) -> AgenticR:

@@ -1,4 +1,4 @@
-"""Agentic-R: its mask, its two losses, scores in batches, and search with the weights in training.
+"""Agentic-R: its mask, its two losses, and search with the weights in training.
 
 Shape of the hand-made example: 2 rows of 1 + 1 passages, columns ``r * G`` are the positives.
 """
@@ -17,11 +17,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from datamodules.loader import Rows
-from datamodules.pair_source import PairBatch, known_positives
-from datamodules.tasks.embedding import PairRow, RetrievalSet
+from datamodules.pair_source import PairBatch
+from datamodules.tasks.embedding import RetrievalSet
 from datamodules.tasks.search_set import SearchSet
 from datamodules.texts import TextEncoding, chunk_of
-from datamodules.utility_source import UtilityBatch, UtilityPairRow, UtilitySource
+from datamodules.utility_source import UtilityBatch, UtilityPairRow
 from lightning_modules.functional.sums import means
 from lightning_modules.retriever.agentic_r import AgenticR, similarities
 from tests.lightning_modules.agentic_parts import (
@@ -33,6 +33,7 @@ from tests.lightning_modules.agentic_parts import (
     CountingWords,
     LastWord,
     SmallWorld,
+    collated,
     data_of,
     folder_of,
     module_of,
@@ -45,56 +46,6 @@ from tests.lightning_modules.agentic_parts import (
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random BERT of one layer."""
     return folder_of(tmp_path_factory.mktemp("agentic"))
-
-
-def collated(folder: Path, rows: list[UtilityPairRow], **options: Any) -> UtilityBatch:
-    """A batch of rows."""
-    data = data_of(folder, SmallWorld(rows=rows), **options)
-    known = known_positives(rows)
-    pairs = data.training_sets()[0]
-    return UtilitySource(data).collate([(pairs, row, known) for row in rows], len(rows))
-
-
-# --- scores in batches ----------------------------------------------------------------------------
-
-
-def test_scores_follow_their_passages(folder: Path) -> None:
-    rows = utility_rows()
-    batch = collated(folder, rows)
-    assert batch.scores.tolist() == [list(row.scores) for row in rows]
-    assert batch.scores.shape == batch.text_ids.shape and batch.to("cpu").scores is not None
-    cut = collated(folder, rows, num_negatives=2)
-    assert cut.scores.tolist() == [list(row.scores[:3]) for row in rows]
-    short = [replace(rows[0], negatives=rows[0].negatives[:1], scores=(90, 20)), rows[1]]
-    assert collated(folder, short).scores.tolist() == [[90, 20, -1, -1], list(rows[1].scores)]
-    assert batch.state()["scores"] == batch.scores.tolist()
-
-
-def test_plain_rows_have_unknown_scores(folder: Path) -> None:
-    rows = utility_rows()
-    plain: Any = [PairRow("p", "city", TEXTS["baker"], (TEXTS["tour"],)), rows[0]]
-    assert collated(folder, plain).scores.tolist() == [[-1] * 4, list(rows[0].scores)]
-
-
-def test_mined_negatives_have_their_own_scores_or_none(folder: Path) -> None:
-    data = data_of(folder)
-    items, _ = data.passages_of(data.training_sets()[0])
-    own = data.training_sets()[0].rows[0]
-    chosen = [items.index(own.negatives[2]), items.index(TEXTS["tour"])]
-    data.mined = {"utility": [chosen] * 8}
-    batch = UtilitySource(data).batch(0, 0)
-    row = batch.uids.index("0")
-    assert batch.scores[row].tolist() == [90, own.scores[3], -1]
-
-
-@pytest.mark.parametrize(
-    ("scores", "message"),
-    [((90, 20), "f:3: scores has 2 entries for 4 passages"), ((90, 101, 0, 0), "holds 101")],
-)
-def test_wrong_scores_are_refused(folder: Path, scores: Any, message: str) -> None:
-    rows = [replace(row, scores=scores, where="f:3") for row in utility_rows()]
-    with pytest.raises(ValueError, match=message):
-        UtilitySource(data_of(folder, SmallWorld(rows=rows)))
 
 
 # --- the contrastive loss and its mask ------------------------------------------------------------
@@ -256,9 +207,10 @@ WANTED = {
 }  # fmt: skip
 
 
-def test_an_agent_measures_the_weights(folder: Path) -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_an_agent_measures_the_weights(folder: Path, precision: Any) -> None:
     module = module_of(folder, CountingWords)
-    trainer_of().validate(module, data_of(folder), verbose=False)
+    trainer_of(precision=precision).validate(module, data_of(folder), verbose=False)
     for name, wanted in WANTED.items():
         for key, value in wanted.items():
             assert module.results[f"val/{name}/{key}"] == pytest.approx(value, rel=1e-5), key

@@ -82,7 +82,7 @@ class Mixed(Judge):
     def answer(self, request: JudgeRequest):
         numbers = [passage.uid for passage in request.passages]
         right = " ".join(numbers)
-        faults = [right] * 4 + [right + " 7", " ".join(numbers[1:]), "none of them", f"{right}."]
+        faults = [right] * 20 + [right + " 7", " ".join(numbers[1:]), "none of them", f"{right}."]
         text = self.chance.choice(faults)
         if text != right:
             self.broken.add(request.query)

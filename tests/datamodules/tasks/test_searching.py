@@ -157,7 +157,7 @@ def test_pieces_between_observations() -> None:
         ("", "", []),
         ("<search> a\n b </search> x", "", ["a b"]),
         ("<search> a <search> b </search>", "", ["b"]),
-        ("<information> <search> no </search> </information> <search> b", "<search> no </search>", []),
+        ("<information> <search> a </search> </information>", "<search> a </search>", []),
         ("<information> cut off", "cut off", []),
         ("</information> <information> a </information> <information> b", "a b", []),
     ],
