@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from datamodules.engines.base import Sampling
 from datamodules.engines.search import EpisodeStart, SearchEngine
+from datamodules.experience import Completion, FinishReason
 from datamodules.labelling.records import OpenTurn
 from datamodules.tasks.exact_match import exact_match
 
@@ -36,12 +37,12 @@ def continued_labels(
     *,
     batch_size: int,
     seed: int,
-) -> tuple[list[tuple[int, ...]], list[int]]:
+) -> tuple[list[tuple[int, ...] | None], list[int]]:
     """Run the agent from every turn with each of its candidates alone.
 
-    Rollouts of all turns and questions share batches. Two equal states
-    of a question (samples that began alike) run once. Random streams are named by question, turn
-    and passage, so that labels do not depend on the batch.
+    Rollouts of all turns and questions share batches. Two equal states of a question (samples that
+    began alike) run once. Random streams are named by question, turn and passage, so that labels
+    do not depend on the batch.
 
     Args:
         turns: Each with at least one search left.
@@ -51,7 +52,8 @@ def continued_labels(
         seed: Of the random streams.
 
     Returns:
-        For each turn 0 or 1 a candidate; for each turn how many rollouts it added.
+        For each turn 0 or 1 a candidate, None where the engine failed at one of them; for each
+        turn how many rollouts it added.
     """
     starts: dict[State, EpisodeStart] = {}
     shown: dict[int, tuple[int, ...]] = {}
@@ -61,16 +63,20 @@ def continued_labels(
         before = len(starts)
         states.append([_add(starts, shown, turn, place, engine, sampling) for place in turn.places])
         added.append(len(starts) - before)
-    found = []
+    found: list[Completion] = []
     with engine.keyed(f"labels/{seed}/continued"):
         for batch in _batches([*starts.values()], batch_size):
-            found += [one.trace.answer for one in engine.run(batch, sampling)]
-    answers: dict[State, str | None] = dict(zip(starts, found, strict=True))
-    labels = []
-    for turn, own in zip(turns, states, strict=True):
-        gold = turn.trajectory.question.answers
-        labels.append(tuple(int(exact_match(answers[state], gold)) for state in own))
-    return labels, added
+            found += engine.run(batch, sampling)
+    ends = dict(zip(starts, found, strict=True))
+    pairs = zip(turns, states, strict=True)
+    return [_labels(turn, [ends[state] for state in own]) for turn, own in pairs], added
+
+
+def _labels(turn: OpenTurn, ends: Sequence[Completion]) -> tuple[int, ...] | None:
+    if any(end.finish_reason is FinishReason.ERROR for end in ends):
+        return None
+    gold = turn.trajectory.question.answers
+    return tuple(int(exact_match(end.trace.answer, gold)) for end in ends)
 
 
 def _add(

@@ -26,8 +26,8 @@ def label_metrics(
         counts: Sums over questions, see ``pipeline``.
 
     Returns:
-        By name ``labels/...``. ``drop_*``, ``skipped_*``, ``rows``, ``turns``, ``rollouts``,
-        ``trajectories`` and ``mismatched`` count; ``lr_mean`` is in [0, 1]; ``searches`` are a
+        By name ``labels/...``. ``drop_*``, ``skipped_*``, ``failed_*``, ``rows``, ``turns``,
+        ``rollouts``, ``trajectories`` and ``mismatched`` count; ``lr_mean`` is in [0, 1]; ``searches`` are a
         trajectory's mean.
     """
     kept = len(turns) - sum(drops.values())
@@ -43,6 +43,8 @@ def label_metrics(
         "drop_unreadable": drops["unreadable"],
         "trajectories": counts["trajectories"],
         "mismatched": counts["mismatched"],
+        "failed_trajectories": counts["failed_trajectories"],
+        "failed_turns": counts["failed_turns"],
         "trajectory_em": _share(counts["right"], counts["trajectories"]),
         "searches": _share(counts["searches"], counts["trajectories"]),
         "skipped_no_budget": counts["no_budget"],

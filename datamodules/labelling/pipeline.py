@@ -6,9 +6,9 @@ in chunks of questions, each saved when it is done. Every random stream is named
 so labels depend neither on the chunks nor on where a killed run went on. Turns without a search
 left are skipped for every form of labels, so that ablations compare labels of equal turns.
 
-Counts of a question: ``trajectories``, ``mismatched``, ``right``, ``searches`` (see
-``run_trajectories``), ``no_budget`` and ``few_candidates`` (turns skipped), ``queries`` and
-``sub_answers`` (those known), ``requests`` of the judge and those ``unread``, ``rollouts``.
+Counts of a question: those of ``run_trajectories``, ``no_budget`` and ``few_candidates`` (turns
+skipped), ``queries`` and ``sub_answers`` (those known), ``requests`` of the judge and those
+``unread``, ``rollouts``, and ``failed_turns`` (the engine failed at a rollout).
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class Labelled:
             f"{self.metrics[f'labels/{name}']:.0f} {text}"
             for name, text in (
                 ("mismatched", "left out for searches that were not logged"),
+                ("failed_trajectories", "lost by the engine"),
                 ("skipped_no_budget", "turns without a search left"),
                 ("skipped_few_candidates", "turns with too few candidates"),
             )
@@ -295,7 +296,9 @@ class _Labeller:
         )
         for place, labels, rollouts in zip(wanted, found, added, strict=True):
             right[place] = labels
-            counts[turns[place].trajectory.question.uid]["rollouts"] += rollouts
+            counts[turns[place].trajectory.question.uid].update(
+                rollouts=rollouts, failed_turns=int(labels is None)
+            )
         return right
 
     def _labelled(

@@ -112,7 +112,7 @@ class LabelledTurn:
         candidates: Ids of the passages, in the retriever's order.
         local: Judge's scores 0 to 100; None where a chunk could not be read or no judge was asked.
         right: Whether the continued rollout with this passage alone was right, 0 or 1; None where
-            there were no rollouts (not asked for, or the judge could not be read).
+            there were no rollouts (not asked for, the judge could not be read, or one failed).
         gold: Whether the passage answers the query, 0 or 1, as ``SearchTask.gold`` knows.
     """
 

@@ -13,7 +13,7 @@ from itertools import groupby
 
 from datamodules.engines.base import Sampling
 from datamodules.engines.search import SearchEngine, Trace
-from datamodules.experience import Completion, Prompt
+from datamodules.experience import Completion, FinishReason, Prompt
 from datamodules.labelling.records import Trajectory
 from datamodules.search_texts import END_SEARCH
 from datamodules.tasks.base import Task
@@ -34,7 +34,8 @@ def run_trajectories(
 
     Returns:
         Kept trajectories in the order of the questions. For every question's uid the counts
-        ``trajectories`` (kept), ``mismatched`` (left out), ``right`` and ``searches`` (of kept).
+        ``trajectories`` (kept), ``mismatched`` and ``failed_trajectories`` (the engine failed;
+        both left out), ``right`` and ``searches`` (of kept ones).
     """
     prompts = [engine.task.prompt(question) for question in questions]
     with engine.keyed(f"labels/{seed}/trajectories"):
@@ -43,10 +44,12 @@ def run_trajectories(
     counts: dict[str, Counter[str]] = {}
     for question, prompt, group in zip(questions, prompts, groups, strict=True):
         found = [_trajectory(question, prompt, one, i) for i, one in enumerate(group)]
-        good = [one for one in found if closed_searches(one, engine.task) == len(one.turns)]
+        ended = [one for one in found if one.completion.finish_reason is not FinishReason.ERROR]
+        good = [one for one in ended if closed_searches(one, engine.task) == len(one.turns)]
         counts[question.uid] = Counter(
             trajectories=len(good),
-            mismatched=len(found) - len(good),
+            mismatched=len(ended) - len(good),
+            failed_trajectories=len(found) - len(ended),
             right=sum(one.is_right for one in good),
             searches=sum(len(one.turns) for one in good),
         )

@@ -56,6 +56,20 @@ class Saying(Engine):
         return [[one] * sampling.samples for _ in prompts]
 
 
+class Failing(Counting):
+    """Fails where the prompt's uid holds a text."""
+
+    def __init__(self, engine: Engine, text: str) -> None:
+        super().__init__(engine)
+        self.text = text
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
+        lost = [Completion((), (), FinishReason.ERROR)]
+        found = super().generate(prompts, sampling)
+        pairs = zip(prompts, found, strict=True)
+        return [lost if self.text in prompt.uid else group for prompt, group in pairs]
+
+
 class Bench:
     """A world with its agent, a lexical retriever and its judge.
 

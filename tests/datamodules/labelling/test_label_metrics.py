@@ -48,6 +48,8 @@ def test_values():
             "drop_unreadable": 1,
             "trajectories": 4,
             "mismatched": 2,
+            "failed_trajectories": 0,
+            "failed_turns": 0,
             "trajectory_em": 0.25,
             "searches": 2.5,
             "skipped_no_budget": 3,

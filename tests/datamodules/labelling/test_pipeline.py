@@ -9,7 +9,7 @@ import pytest
 
 from datamodules.labelling.judges import TaskJudge
 from datamodules.labelling.store import NAME
-from tests.datamodules.labelling.small_world import Bench
+from tests.datamodules.labelling.small_world import Bench, Failing
 
 FEW = {"candidates": 6, "num_negatives": 3, "chunk_questions": 5}
 
@@ -183,3 +183,20 @@ def test_what_cannot_work_is_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match=r"needs a judge.*; data.labels.candidates=5000 must be"):
         bench.label(tmp_path, candidates=5000)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_engine_loses_is_counted_and_never_called_wrong(tmp_path):
+    bench = Bench()
+    whole = bench.label(tmp_path / "whole", **FEW)
+    turn = next(one for one in whole.turns if one.turn == 0)
+    lost = f"{turn.question_uid}/0/{turn.candidates[2]}#"
+    bench.engine = bench.engine_of(Failing(bench.agent, lost))
+    found = bench.label(tmp_path / "turn", **FEW)
+    changed = [one for one, old in zip(found.turns, whole.turns, strict=True) if one != old]
+    assert changed == [replace(turn, right=None)]
+    assert found.metrics["labels/failed_turns"] == found.drops["unreadable"] == 1
+    bench.engine = bench.engine_of(Failing(bench.agent, f"{turn.question_uid}/0#"))
+    less = bench.label(tmp_path / "trajectory", **FEW)
+    assert less.turns == [one for one in whole.turns if one.question_uid != turn.question_uid]
+    assert less.metrics["labels/failed_trajectories"] == 1
+    assert "1 lost by the engine" in less.why_none()
