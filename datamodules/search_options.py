@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -67,7 +67,12 @@ class SearchOptions:
         return cls(**values)
 
     def engine(
-        self, engine: Engine, task: SearchTask, retriever: Retriever, form: str
+        self,
+        engine: Engine,
+        task: SearchTask,
+        retriever: Retriever,
+        form: str,
+        fit: Callable[[str, str, Sequence[str]], str] | None = None,
     ) -> SearchEngine:
         """An engine that runs episodes within these bounds.
 
@@ -76,6 +81,7 @@ class SearchOptions:
             task: Bound to the tokenizer of the agent.
             retriever: Finds passages.
             form: What the retriever reads, see ``search_texts.retriever_input``.
+            fit: Writes it within a bound, see ``SearchEngine``; None for no bound.
         """
         return SearchEngine(
             engine,
@@ -86,6 +92,7 @@ class SearchOptions:
             max_searches=self.max_searches,
             turn_tokens=self.turn_tokens,
             observation_tokens=self.observation_tokens,
+            fit=fit,
         )
 
     def sampling(self, temperature: float = 0.0, samples: int = 1) -> Sampling:

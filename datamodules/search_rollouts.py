@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from datamodules.lexical import LexicalRetriever
 from datamodules.retrieval import Retriever
 from datamodules.rollouts import RolloutDataModule
 from datamodules.search_options import SearchOptions
-from datamodules.search_texts import FORMS
+from datamodules.search_texts import FORMS, fit_input
 from datamodules.sources import nearest
 from datamodules.tasks.searching import SearchTask
 from datamodules.texts import TextEncoding
@@ -49,6 +50,7 @@ class SearchRolloutDataModule(RolloutDataModule):
         super().__init__(task=task, **kwargs)
         self.questions, self.retriever, self.encoding = task, dict(retriever), encoding
         self.index, self.search = read_index_options(index), SearchOptions.read(search)
+        self._fit: Any = None  # an encoder reads so many tokens only
         form = self.retriever["input"]
         if form not in FORMS:
             raise ValueError(
@@ -74,7 +76,7 @@ class SearchRolloutDataModule(RolloutDataModule):
         super().prepare(backbone, cache_dir, task_settings, for_training)
         retriever = self._retriever(cache_dir)
         self.engine = self.search.engine(
-            self.engine, self.questions, retriever, self.retriever["input"]
+            self.engine, self.questions, retriever, self.retriever["input"], self._fit
         )
 
     def _retriever(self, cache_dir: str | Path) -> Retriever:
@@ -82,4 +84,9 @@ class SearchRolloutDataModule(RolloutDataModule):
         if not path:
             return LexicalRetriever(self.questions.corpus)
         encoder = DenseEncoder(path, self.encoding)
+        self._fit = partial(
+            fit_input,
+            count_tokens=lambda text: len(encoder.encoding.encode([text], "query")[0].ids),
+            max_tokens=self.encoding.max_tokens["query"],
+        )
         return DenseRetriever(self.questions.corpus, encoder, self.index, cache_dir)

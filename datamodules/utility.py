@@ -160,7 +160,8 @@ class UtilityDataModule(PairDataModule):
             form: What it reads.
         """
         assert self._engine is not None, "prepare() comes first"
-        return self.search.engine(self._engine, self.utility.search, retriever, form)
+        task = self.utility.search
+        return self.search.engine(self._engine, task, retriever, form, self.input_text)
 
     def text_of(self, row: UtilityRow) -> str:
         """The retriever's input of a row, cut so that the query survives (card, section 8.5)."""
@@ -203,14 +204,15 @@ class Episodes:
     data: UtilityDataModule
     form: str
 
-    def text(self, question: str, queries: Sequence[str]) -> str:
-        """The retriever's input.
+    def fit(self, form: str, question: str, queries: Sequence[str]) -> str:
+        """The retriever's input, see ``UtilityDataModule.input_text``.
 
         Args:
+            form: Which form.
             question: Text.
             queries: So far, the current one last.
         """
-        return self.data.input_text(self.form, question, queries)
+        return self.data.input_text(form, question, queries)
 
     def run(self, questions: Sequence[Question], retriever: Retriever) -> list[Completion]:
         """One episode a question, in their order.

@@ -27,8 +27,8 @@ def label_metrics(
 
     Returns:
         By name ``labels/...``. ``drop_*``, ``skipped_*``, ``failed_*``, ``rows``, ``turns``,
-        ``rollouts``, ``trajectories`` and ``mismatched`` count; ``lr_mean`` is in [0, 1]; ``searches`` are a
-        trajectory's mean.
+        ``rollouts``, ``trajectories`` and ``mismatched`` count; ``lr_mean`` is in [0, 1];
+        ``searches`` are a trajectory's mean.
     """
     kept = len(turns) - sum(drops.values())
     found = {

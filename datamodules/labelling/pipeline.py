@@ -40,7 +40,6 @@ from datamodules.prepared import digest
 from datamodules.progress import track
 from datamodules.retrieval import Retriever
 from datamodules.search_options import SearchOptions
-from datamodules.search_texts import retriever_input
 from datamodules.tasks.searching import Question, SearchTask
 
 
@@ -217,7 +216,7 @@ class _Labeller:
             counts[trajectory.question.uid]["no_budget"] += len(own) - len(left)
             turns += left
         texts = [
-            retriever_input(self.engine.input, turn.trajectory.question.text, turn.queries)
+            self.engine.fit(self.engine.input, turn.trajectory.question.text, turn.queries)
             for turn in turns
         ]
         places = self.retriever.search(texts, self.options.candidates)

@@ -9,6 +9,7 @@ from typing import Protocol
 from datamodules.experience import Completion
 from datamodules.passages import Corpus
 from datamodules.retrieval import Retriever
+from datamodules.search_texts import retriever_input
 from datamodules.tasks.searching import Question
 
 DEEPEST = 20  # places that metrics of a ranking see
@@ -39,6 +40,7 @@ class SearchSet:
         agent: Who searches.
         group: Sets of one group are also averaged: ``val/<group>/em``; "" for no group.
         input: Form of the retriever's input, as the agent uses it (``search_texts``).
+        fit: Writes that input within a bound, see ``search_texts.fit_input``.
         k: Places of a first search that are ranked, at least 20.
         gold: From a question and a sub-query to the ids of the passages that answer it; None for
             the question's supporting ones.
@@ -53,6 +55,7 @@ class SearchSet:
     agent: SearchAgent = field(repr=False)
     group: str = ""
     input: str = "question_query"
+    fit: Callable[[str, str, Sequence[str]], str] = field(default=retriever_input, repr=False)
     k: int = DEEPEST
     gold: Callable[[Question, str], Sequence[str]] | None = field(default=None, repr=False)
 

@@ -66,7 +66,8 @@ class UtilityPairs(EmbeddingTask):
         """Say who searches in evaluations.
 
         Args:
-            evaluator: Gives a ``SearchAgent`` with ``form``, what its retriever reads.
+            evaluator: Gives a ``SearchAgent`` with ``form``, what its retriever reads, and
+                ``fit``, which writes that.
         """
         self._evaluator = evaluator
 
@@ -89,6 +90,7 @@ class UtilityPairs(EmbeddingTask):
                 corpus=self.search.corpus,
                 agent=agent,
                 input=agent.form,
+                fit=agent.fit,
                 gold=self.search.gold,
             )
             for name in sorted(groups)

@@ -10,7 +10,6 @@ import torch
 from datamodules.engines.search import Trace
 from datamodules.experience import Completion, FinishReason
 from datamodules.retrieval import Retriever
-from datamodules.search_texts import retriever_input
 from datamodules.tasks.exact_match import exact_match, f1
 from datamodules.tasks.search_set import SearchSet
 from datamodules.tasks.searching import Question
@@ -72,7 +71,7 @@ def first_searches(
             continue
         query = completion.trace.turns[0].query
         if gold := question.supporting if one.gold is None else one.gold(question, query):
-            texts.append(retriever_input(one.input, question.text, [query]))
+            texts.append(one.fit(one.input, question.text, [query]))
             relevant.append(one.places(question, gold))
     values = {"ranked": len(texts) / len(one.questions)}
     if not texts:
