@@ -26,6 +26,7 @@ from datamodules.labelling.pipeline import Labelled, label_turns
 from datamodules.labelling.records import UtilityRow
 from datamodules.pair_source import PairSource
 from datamodules.pairs import PairDataModule
+from datamodules.prepared import digest
 from datamodules.retrieval import Retriever
 from datamodules.search_options import SearchOptions
 from datamodules.search_texts import FORMS, fit_input
@@ -116,7 +117,10 @@ class UtilityDataModule(PairDataModule):
         self._is_fit = for_training
         self.utility.measured_by(lambda: Episodes(self, self._form_now()))
         if for_training:
-            self.labelled = self._label(self.retriever.get("path") or backbone, cache_dir)
+            path, settings = self.retriever.get("path") or backbone, task_settings or {}
+            self.labelled = self._label(
+                str(path), cache_dir, {k: v for k, v in settings.items() if k != "files"}
+            )
             if not self.labelled.rows:
                 raise ValueError(
                     f"no turn gave a training row ({self.labelled.why_none()}): the agent is never "
@@ -125,7 +129,7 @@ class UtilityDataModule(PairDataModule):
                 )
             self.utility.take(self.labelled.rows, self.text_of)
 
-    def _label(self, path: str, cache_dir: str | Path) -> Labelled:
+    def _label(self, path: str, cache_dir: str | Path, settings: Mapping[str, Any]) -> Labelled:
         """Labels of the round, by one process; the others wait and read."""
         task, form = self.utility.search, self.retriever["input"]
         self.labels_folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +142,7 @@ class UtilityDataModule(PairDataModule):
                 judge=open_judge(self.judge, task, needed=self.labels.needs_judge),
                 options=self.labels,
                 search=self.search,
-                agent=self.agent.fingerprint,
+                agent=f"{self.agent.fingerprint}/{digest(settings)}",
                 folder=self.labels_folder,
             )
 
@@ -184,8 +188,9 @@ class UtilityDataModule(PairDataModule):
     def _form_now(self) -> str:
         """Of the retriever that is measured: the untrained one reads ``base_input``."""
         trainer = self.trainer
-        is_base = self._is_fit and trainer is not None and trainer.testing
-        return self.base_input if is_base and trainer.global_step == 0 else self.input
+        if trainer is None or not (self._is_fit and trainer.testing) or trainer.global_step:
+            return self.input
+        return self.base_input
 
     def train_source(self) -> PairSource:
         """Batches with the judge's scores."""

@@ -6,6 +6,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -82,7 +83,7 @@ class SearchTask(Task):
     def records(self, split: Split) -> Sequence[Question]:
         """Questions of a split, in a fixed order."""
 
-    @property
+    @cached_property
     def spaced(self) -> bool:
         """Whether texts are words parted by single spaces (word-level tokenizers)."""
         return self.vocabulary() is not None

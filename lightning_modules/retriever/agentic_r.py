@@ -123,13 +123,15 @@ class AgenticR(EmbeddingModule):
         loss = (1 - self.rank_loss_weight) * loss + self.rank_loss_weight * rank_loss
         return loss, metrics | ranked.metrics | {"loss": (loss.detach(), 1.0)}
 
-    def on_fit_start(self) -> None:
-        """Log what labelling found, once."""
-        super().on_fit_start()
+    def on_train_start(self) -> None:
+        """Log what labelling found, once a run."""
+        super().on_train_start()
         labelled = getattr(self.trainer.datamodule, "labelled", None)  # type: ignore[attr-defined]
         if labelled is None:
             return
         self.results |= labelled.metrics
+        if self.global_step:
+            return  # logged before the run was killed
         for logger in self.trainer.loggers:
             logger.log_metrics(labelled.metrics, step=self.global_step)
             board: Any = getattr(logger, "experiment", None)
