@@ -6,16 +6,17 @@ callbacks, loggers, trainer -> fit and test -> arms to compare with -> metrics a
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 import lightning.pytorch as pl
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -32,28 +33,15 @@ from run_tools.folder import RunFolder, changed_keys
 from run_tools.hparams import log_hyperparameters
 from run_tools.merged import prepare_merge
 from run_tools.messages import explain
+from run_tools.resolvers import register
+from run_tools.rounds import last_round
 from run_tools.table import print_table
 from run_tools.terminal import footer_lines, leave_group, leave_now, quiet
 
 #: Keys of the group ``backbone`` that only say how its folder is made.
 TINY_KEYS = ("family", "tiny", "warm_start", "merge")
 CONF = Path(__file__).resolve().parent / "conf"
-
-
-def package_folder(package: str, folder: str) -> str:
-    """Folder inside an installed package, for ``${package_folder:...}``.
-
-    Raises:
-        ValueError: It is not installed.
-    """
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        name = package.replace("_", "-")
-        raise ValueError(f"the package {name} is not installed: pip install {name}")
-    return str(Path(spec.origin).parent / folder)
-
-
-OmegaConf.register_new_resolver("package_folder", package_folder, replace=True)
+register()
 
 
 def plain(config: Any) -> Any:
@@ -112,7 +100,8 @@ def run(config: DictConfig) -> dict[str, Any]:
         folder.write_text("config.yaml", OmegaConf.to_yaml(config, resolve=True))
     own = folder.read_json("own.json") if is_fit else None  # killed while an arm was trained
     try:
-        metrics = own or run_one(config, folder)
+        config, earlier = last_round(config, run, compose, start_of) if is_fit else (config, {})
+        metrics = own or run_one(config, folder) | earlier
     except Exception:
         if is_writer:
             folder.discard_if_empty()
@@ -205,6 +194,19 @@ def load(run_dir: str | Path) -> Any:
     module.eval()
     module.after_load(data)
     return module
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """The config of the command line ``overrides``, for a run that another run needs."""
+    if GlobalHydra.instance().is_initialized():
+        return hydra.compose("train", overrides=list(overrides))
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose("train", overrides=list(overrides))
+
+
+def start_of(config: DictConfig) -> str:
+    """Folder of the backbone that a config starts from."""
+    return str(prepare_backbone(config, instantiate(config.data, _convert_="all"))["path"])
 
 
 def run_arm(config: DictConfig, arm: str) -> dict[str, Any]:

@@ -120,12 +120,21 @@ def _records(rollouts: Any, step: int) -> list[dict[str, Any]]:
                 "advantage": float(advantages[index]),
                 **{name: float(value[index]) for name, value in rollouts.parts.items()},
                 "token_ids": list(completion.token_ids),
+                **_observed(completion),
                 "logprobs": [round(value, 6) for value in completion.logprobs],
                 "policy_version": completion.policy_version,
                 **{name: values[index] for name, values in rollouts.info.items()},
             }
         )
     return records
+
+
+def _observed(completion: Any) -> dict[str, list[int]]:
+    """Places of the tokens that an environment wrote; nothing where the policy wrote them all."""
+    marks = completion.observed
+    if marks is None:
+        return {}
+    return {"observed": [place for place, mark in enumerate(marks) if mark]}
 
 
 def _replayable(records: list[dict[str, Any]], rollouts: Any) -> list[dict[str, Any]]:
@@ -157,7 +166,7 @@ def _table(records: list[dict[str, Any]], rows: int, width: int) -> str:
     half = (rows + 1) // 2
     chosen = ordered[:half] + ordered[max(half, len(ordered) - rows // 2) :][::-1]
     hidden = {"token_ids", "logprobs", "group", "rollout", "policy_version", "step", "uid"}
-    names = [name for name in records[0] if name not in hidden]
+    names = [name for name in records[0] if name not in hidden | {"observed"}]
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     for record in chosen:
         lines.append("| " + " | ".join(_cell(record[name], width) for name in names) + " |")
@@ -173,10 +182,15 @@ def _cell(value: Any, width: int) -> str:
 
 
 def _histograms(rollouts: Any) -> dict[str, torch.Tensor]:
-    surprise = [-value for c in rollouts.completions for value in c.logprobs]
+    surprise = [
+        -value
+        for c in rollouts.completions
+        for value, mark in zip(c.logprobs, c.observed or [False] * len(c.logprobs), strict=True)
+        if not mark
+    ]
     return {
         "reward_histogram": rollouts.reward.float(),
-        "length_histogram": torch.tensor([float(len(c.token_ids)) for c in rollouts.completions]),
+        "length_histogram": torch.tensor([float(c.num_written) for c in rollouts.completions]),
         "advantage_histogram": rollouts.advantages.float().flatten(),
         "token_surprise_histogram": torch.tensor(surprise),
     }

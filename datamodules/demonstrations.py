@@ -20,7 +20,7 @@ class Supervised:
     Args:
         input_ids: ``(N, L)`` prompt then completion.
         prompt_lengths: ``(N,)``.
-        mask: ``(N, T)`` True on completion tokens.
+        mask: ``(N, T)`` True on completion tokens that are learned: not on observations.
         domains: ``(N,)`` index into ``domain_names``.
         domain_names: Names of the domains.
     """
@@ -40,11 +40,15 @@ def collate(rows: list[Demonstration]) -> Supervised:
     for number, row in enumerate(rows):
         tokens = row.prompt_ids + row.completion_ids
         ids[number, : len(tokens)] = torch.tensor(tokens)
+    mask = torch.arange(int(sizes.max()))[None, :] < sizes[:, None]
+    for number, row in enumerate(rows):
+        if row.observed is not None:
+            mask[number, : len(row.completion_ids)] = ~torch.tensor(row.observed)
     names = sorted({row.domain for row in rows})
     return Supervised(
         input_ids=ids,
         prompt_lengths=torch.tensor([len(row.prompt_ids) for row in rows]),
-        mask=torch.arange(int(sizes.max()))[None, :] < sizes[:, None],
+        mask=mask,
         domains=torch.tensor([names.index(row.domain) for row in rows]),
         domain_names=names,
     )

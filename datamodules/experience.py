@@ -89,6 +89,11 @@ class Completion:
     observed: tuple[bool, ...] | None = field(default=None, repr=False)
     trace: Any = field(default=None, repr=False, compare=False)
 
+    @property
+    def num_written(self) -> int:
+        """Tokens that the policy wrote."""
+        return len(self.token_ids) - sum(self.observed or ())
+
 
 @dataclass
 class Rollouts:
@@ -159,9 +164,29 @@ class Rollouts:
         return torch.arange(int(sizes.max()) if len(sizes) else 0)[None, :] < sizes[:, None]
 
     @property
+    def written_mask(self) -> Tensor:
+        """``(N, T)`` True on tokens that the policy wrote: it has gaps where others are between.
+
+        Raises:
+            ValueError: A completion whose ``observed`` has another length than its tokens.
+        """
+        mask = self.mask
+        for row, completion in enumerate(self.completions):
+            if completion.observed is not None:
+                seen = torch.tensor(completion.observed, dtype=torch.bool)
+                if len(seen) != len(completion.token_ids):
+                    raise ValueError(
+                        f"prompt {self.prompts[row].uid!r}: {len(seen)} marks of observed tokens "
+                        f"for {len(completion.token_ids)} tokens"
+                    )
+                mask[row, : len(seen)] &= ~seen
+        return mask
+
+    @property
     def trained_mask(self) -> Tensor:
-        """``(N, T)`` True on completion tokens that are trained on."""
-        return self.mask if self.is_trained is None else self.mask & self.is_trained[:, None]
+        """``(N, T)`` True on tokens that the policy wrote and that are trained on."""
+        mask = self.written_mask
+        return mask if self.is_trained is None else mask & self.is_trained[:, None]
 
     def leave_out(self, rows: Tensor) -> None:
         """Do not train on these rows ``(N,)``; others that were left out stay so."""
@@ -192,7 +217,7 @@ class Experience:
         attention_mask: ``(N, L)`` 1 on real tokens.
         prompt_lengths: ``(N,)``.
         mask: ``(N, T)`` True on completion tokens that are trained on; column 0 is the first
-            completion token.
+            completion token. Observed tokens are gaps in it, and context all the same.
         sampler_logprobs: ``(N, T)`` what the engine reported.
         advantages: ``(N, T)``.
         reward: ``(N,)``.
@@ -240,7 +265,7 @@ class Experience:
         """The given rows, trimmed to their longest."""
         lengths = self.attention_mask.index_select(0, rows).sum(1)
         width = int(lengths.max()) if len(rows) else 0
-        completion = int(self.mask.index_select(0, rows).sum(1).max()) if len(rows) else 0
+        completion = int(span(self.mask.index_select(0, rows)).max()) if len(rows) else 0
         bound = {"input_ids": width, "attention_mask": width}
 
         def cut(name: str, value: Tensor) -> Tensor:
@@ -257,6 +282,17 @@ class Experience:
     def state(self) -> dict[str, Any]:
         """Plain containers, so that a checkpoint loads with ``weights_only=True``."""
         return {item.name: getattr(self, item.name) for item in fields(self)}
+
+
+def span(mask: Tensor) -> Tensor:
+    """``(N,)`` columns up to the last True of each row of a mask ``(N, T)``, gaps included.
+
+    Example:
+        >>> span(torch.tensor([[True, False, True, False], [False] * 4])).tolist()
+        [3, 0]
+    """
+    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return (mask * columns).amax(1) if mask.shape[1] else mask.sum(1)
 
 
 def collate(rollouts: Rollouts) -> Experience:

@@ -217,9 +217,13 @@ class PairDataModule(LightningDataModule):
         """Optimizer steps of each model that is trained in turn (``data.schedule.bags``)."""
         return self.stage_steps
 
+    def train_source(self) -> PairSource:
+        """What makes the batches."""
+        return PairSource(self)
+
     def train_dataloader(self) -> Loader:
         """The sized, stateful loader of micro-batches."""
-        loader = Loader(PairSource(self))
+        loader = Loader(self.train_source())
         check_window(self.trainer, loader)
         return loader
 

@@ -1,10 +1,14 @@
-"""Passages: what a search agent can find. A corpus is a fixed list of them."""
+"""Passages: what a search agent can find. A corpus is a fixed list of them, maybe of a file."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from datamodules.sources import Problem, Row, clean, raise_problems, scan_rows
 
 
 @dataclass(frozen=True)
@@ -82,3 +86,58 @@ class Corpus(Sequence[Passage]):
                 found.update(repr((one.uid, one.title, one.text)).encode())
             self._digest = found.hexdigest()
         return self._digest
+
+
+def read_passages(path: str | Path) -> Corpus:
+    """The passages of a file, in its order.
+
+    A row is ``{"id": ..., "title": ..., "text": ...}``; the title may be missing. Rows of BEIR
+    (``_id``) and of the wiki18 dump (``contents``: the title in quotes, a line end, the body [code:
+    FlashRAG]) are read too. Ids may be whole numbers.
+
+    Args:
+        path: JSON-lines; what else ``scan_rows`` reads works as well.
+
+    Raises:
+        ValueError: The file cannot be read, or some row: no text, an id that is missing or taken,
+            a field that is no text. Names ``file:line`` and field, up to five of them.
+    """
+    rows, problems = scan_rows(path)
+    passages: list[Passage] = []
+    taken: dict[str, str] = {}
+    for row in rows:
+        made = _passage(row)
+        if isinstance(made, Passage) and made.uid in taken:
+            known = f"{row.where}: id {made.uid!r} is that of {taken[made.uid]} already"
+            made = Problem("duplicate_id", f"{known}; every passage needs its own")
+        if isinstance(made, Problem):
+            problems.append(made)
+            continue
+        taken[made.uid] = made.where
+        passages.append(made)
+    raise_problems(path, problems)
+    return Corpus(passages, name=Path(path).name)
+
+
+def _passage(row: Row) -> Passage | Problem:
+    """The passage of a row, or what is wrong with it."""
+    values = row.values
+    key = "_id" if "id" not in values and "_id" in values else "id"
+    uid = values.get(key)
+    if isinstance(uid, bool) or not isinstance(uid, str | int) or not str(uid).strip():
+        return _bad(row, "bad_id", key, uid, "a text or a whole number")
+    body = "contents" if "text" not in values and "contents" in values else "text"
+    text, title = values.get(body), values.get("title")
+    if not isinstance(text, str) or not text.strip():
+        return _bad(row, "bad_text", body, text, "a text that is not empty")
+    if title is not None and not isinstance(title, str):
+        return _bad(row, "bad_title", "title", title, "a text, or missing")
+    if body == "contents" and title is None and "\n" in text.strip():
+        title, _, text = text.strip().partition("\n")
+        title = title.strip().strip('"')
+    return Passage(clean(str(uid)), clean((title or "").strip()), clean(text.strip()), row.where)
+
+
+def _bad(row: Row, reason: str, field: str, value: Any, wanted: str) -> Problem:
+    found = f"is {value!r:.60}" if field in row.values else "is missing"
+    return Problem(reason, f"{row.where}: field {field!r} {found}; it must be {wanted}")

@@ -37,6 +37,16 @@ ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
         "qry_image_path": f"{i}.png",
         "pos_text": f"a thing no {i}",
     },
+    "hotpot_file": lambda i: {
+        "question": f"Where is the number {i}?",
+        "answer": f"at {i}",
+        "type": "bridge",
+        "supporting_facts": {"title": [f"Number {i}"], "sent_id": [0]},
+        "context": {
+            "title": [f"Number {i}", f"Letter {i}"],
+            "sentences": [[f"The number {i} is at {i}."], [f"The letter {i} is elsewhere."]],
+        },
+    },
     "sts_file": lambda i: {"sentence1": f"the {i}", "sentence2": f"number {i}", "score": i % 6},
     "chat_file": lambda i: {"prompt": f"Tell me about the number {i}."},
     "instruction_file": lambda i: {
@@ -61,6 +71,8 @@ def data_options(folder: Path, option: str) -> list[str]:
     """Overrides that a ``data=`` option needs; empty for one that needs no file."""
     if option in ROWS:
         return [f"data.path={write_rows(folder, option)}"]
+    if option == "hotpot_episodes":
+        return data_options(folder, "hotpot_file")
     if option == "mixture_files":
         kinds = {"math": "gsm8k_file", "chat": "chat_file", "if": "instruction_file"}
         return [
@@ -68,6 +80,15 @@ def data_options(folder: Path, option: str) -> list[str]:
             for domain, kind in kinds.items()
         ]
     return []
+
+
+def write_agent(folder: Path, words: list[str] | None = None) -> Path:
+    """A random causal LM; without words it reads and writes any text."""
+    shape = TinyOptions(
+        hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8
+    )
+    build_tiny(folder / "agent", words, shape, seed=0)
+    return folder / "agent"
 
 
 def write_reward_model(folder: Path) -> Path:

@@ -16,11 +16,18 @@ from omegaconf import OmegaConf, open_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
+from datamodules.tasks.search_world import SearchWorld
 from lightning_modules.backbones.tiny import TinyOptions, build_tiny
 from lightning_modules.backbones.tiny_encoder import TinyEncoderOptions, build_tiny_encoder
 from run_tools.folder import RunFolder, flatten
-from tests.data_files import data_options, write_judge, write_reward_model
+from tests.data_files import (
+    data_options,
+    write_agent,
+    write_judge,
+    write_reward_model,
+)
 from tests.models import MODELS, POLICY_MODELS, composed, has_rollouts
+from tests.probes import probe_embedding, probe_policy
 from tests.runs import (
     ONE_UPDATE,
     REPO,
@@ -35,6 +42,7 @@ from tests.runs import (
 )
 
 CONF = REPO / "conf"
+WORDS = SearchWorld().vocabulary()
 #: Of every tiny backbone the keys that it has.
 UNFITTED = [*SMALL, "backbone.warm_start.steps=0"]
 Make = Callable[..., Any]
@@ -50,12 +58,12 @@ GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in (
 PARTS = [(group, name) for group in GROUPS for name in options(group) if group != "experiment"]
 CLAIMS = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in CONF.glob("claim/*/*.yaml"))
 #: One model of each kind of data and of backbone: what options of theirs are tried with.
-KINDS = {name: composed(f"model={name}") for name in ("grpo", "contrastive", "cocoa")}
+KINDS = {name: composed(f"model={name}") for name in ("grpo", "contrastive", "cocoa", "agentic_r")}
 
 
 def test_the_groups_are_those_of_the_design() -> None:
     expected = {"model", "data", "backbone", "engine", "reward", "lora", "optimizer", "kernel",
-                "trainer",
+                "trainer", "agent",
                 "callbacks", "logger", "experiment", "debug"}  # fmt: skip
     assert set(GROUPS) == expected
     assert MODELS
@@ -94,30 +102,6 @@ def shrink(config: Any) -> None:
         OmegaConf.update(config, key, int(value))
 
 
-def probe_policy(data: Any, module: Any, path: str) -> None:
-    """A prompt of each evaluation has finite logits."""
-    data.bind(AutoTokenizer.from_pretrained(path))
-    for split in ("val", "test"):
-        batch = next(iter(getattr(data, f"{split}_dataloader")()))
-        prompt = data.task.prompt(batch.items[0])
-        ids = torch.tensor([prompt.token_ids])
-        with torch.no_grad():
-            assert module.policy(ids).logits.isfinite().all()
-
-
-def probe_embedding(data: Any, module: Any, path: str) -> None:
-    """The first items of each evaluation have finite vectors."""
-    data.prepare(path, "unused")
-    module.after_load(data)
-    for split in ("val", "test"):
-        (one,) = next(iter(getattr(data, f"{split}_dataloader")())).items
-        items = one.queries if hasattr(one, "queries") else one.first
-        vectors = module.embed(items[:2], "query")
-        assert vectors.shape == (2, module.policy.width)
-        assert vectors.isfinite().all()
-        assert not torch.equal(vectors[0], vectors[1])
-
-
 def kind_of(group: str, name: str) -> str:
     """The model that an option is tried with: one of its own kind of data or backbone."""
     config = composed("model=grpo", f"{group}={name}")
@@ -154,6 +138,10 @@ def test_option(
         "backbone=hf": [f"backbone.path={tiny_folder}", "backbone.dtype=float32"],
         "backbone=minilm": ["data=pair_file", *data_options(tmp_path, "pair_file")],
         "reward=model": [f"reward.path={reward_model}", "reward.dtype=float32"],
+        **{
+            f"agent={one}": [f"agent.path={write_agent(tmp_path, WORDS)}"] if name == one else []
+            for one in ("folder", "grpo", "ppo")
+        },
         "reward=judge": [f"reward.path={write_judge(tmp_path)}"] if name == "judge" else [],
         "engine=scripted": [f"engine.path={script}"],
         "trainer=fsdp": ["trainer.accelerator=cpu"],
@@ -162,6 +150,7 @@ def test_option(
     choice = f"{group}={name}"
     own = needs.get(choice, data_options(tmp_path, name) if group == "data" else [])
     kind = "contrastive" if choice == "backbone=minilm" else kind_of(group, name)
+    kind = "agentic_r" if group == "agent" else kind
     model = [] if group == "model" else [f"model={kind}"]
     config = make_config(*model, choice, *own, smoke=False)
     build(config, tmp_path)
@@ -173,7 +162,8 @@ def test_experiment(name: str, make_config: Make, tmp_path: Path, reward_model: 
     groups = {k: v for one in recipe.defaults if one != "_self_" for k, v in one.items()}
     small = data_options(tmp_path, groups.get("override /data", ""))
     if name.endswith("_paper"):
-        tiny = {"boom": "tiny_encoder", "cocoa": "tiny_vl"}.get(groups["override /model"], "tiny")
+        encoders = dict.fromkeys(("boom", "agentic_r"), "tiny_encoder")
+        tiny = (encoders | {"cocoa": "tiny_vl"}).get(groups["override /model"], "tiny")
         small = [f"backbone={tiny}", "backbone.path=null", "trainer=auto", "engine=hf"]
         small += ["trainer.precision=32-true", "trainer.strategy=auto"]
         small += [f"~engine.{key}" for key in recipe.get("engine", {})]
@@ -182,6 +172,10 @@ def test_experiment(name: str, make_config: Make, tmp_path: Path, reward_model: 
             small.append(rows[0].replace("data.path", "data.task.test_path"))
         shares = {"val_fraction", "test_fraction"} & recipe.data.get("task", {}).keys()
         small += [f"data.task.{share}=0.2" for share in sorted(shares)]  # of few rows
+        if "override /agent" in groups:
+            small += [f"agent.path={write_agent(tmp_path)}", "data.judge.path=null"]
+            small += ["data.task.search.passages=null", "data.task.search.val_fraction=0.2"]
+            small += ["data.task.search.test_fraction=0.2"]
         if "mask_token" in recipe.model:
             small.append("model.mask_token=null")  # a tiny tokenizer has its own
         small += {

@@ -80,6 +80,7 @@ class HFEngine(Engine):
         steps = collective.maximum(max(limits, default=1))
         result: list[list[Completion]] = [[] for _ in prompts]
         end_ids = eos_ids(policy)
+        stops = list(dict.fromkeys([*end_ids, *sampling.stop_ids]))
         pad_id = config.pad_token_id if config.pad_token_id is not None else end_ids[0]
         was_training = policy.training
         policy.eval()
@@ -92,7 +93,7 @@ class HFEngine(Engine):
                     [prompts[i].token_ids for i in chunk] or [(end_ids[0],)],
                     sampling,
                     [self._seeds(prompts[i], sampling) for i in chunk] or [[0] * sampling.samples],
-                    eos_ids=end_ids,
+                    eos_ids=stops,
                     pad_id=pad_id,
                     limits=[limits[i] for i in chunk] or [1],
                     device=parameter.device,
@@ -207,10 +208,10 @@ def _decode_with_generate(
         synced_gpus=steps is not None,
     )
     logprobs = torch.stack(chooser.logprobs, dim=1)
-    rows = []
+    rows, ends = [], frozenset(eos_ids)
     for row, tokens in enumerate(output[:, longest:].tolist()):
         tokens = tokens[: limits[row // repeat]]
-        end = next((i for i, token in enumerate(tokens) if token in eos_ids), None)
+        end = next((i for i, token in enumerate(tokens) if token in ends), None)
         length = len(tokens) if end is None else end + 1
         values = logprobs[row, :length].tolist()
         rows.append(Decoded(tokens[:length], values, end is not None, log.of(row, length)))

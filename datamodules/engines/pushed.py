@@ -102,7 +102,7 @@ class PushedEngine(Engine):
         self._nonce = secrets.token_hex(4)
         self._stamp = Stamp()
         self._end_ids: list[int] = []
-        self._bound = 0
+        self._bound = self._vocabulary = 0
 
     # ------------------------------------------------------------------ what a kind of engine adds
 
@@ -143,6 +143,7 @@ class PushedEngine(Engine):
         self.policy_version = -1  # weights that were pushed by half are nobody's
         self.start(policy)
         config = policy.config.get_text_config()
+        self._vocabulary = int(config.vocab_size)
         # vLLM refuses end tokens that no model could write
         self._end_ids = [token for token in eos_ids(policy) if token < config.vocab_size]
         known = getattr(config, "max_position_embeddings", None)
@@ -177,6 +178,11 @@ class PushedEngine(Engine):
 
     # ------------------------------------------------------------------ completions
 
+    @property
+    def bound(self) -> int:
+        """Longest sequence (prompt and completion) in tokens; 0 where it is not known."""
+        return self._bound
+
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
         """Complete the prompts. See ``Engine.generate``.
 
@@ -209,7 +215,7 @@ class PushedEngine(Engine):
         shared = {
             "temperature": sampling.temperature,
             "max_tokens": limit,
-            "stop_token_ids": self._end_ids,
+            "stop_token_ids": self._stops(sampling),
             "ignore_eos": True,  # the configuration's own, where the generation defaults differ
             "logprobs": sampling.candidates,  # 0: of the sampled token alone
             "detokenize": False,
@@ -225,6 +231,11 @@ class PushedEngine(Engine):
                 own["seed"] = sample_seed(self.key, prompt.uid, sample) >> 1
             requests.append(Request(ids, shared | own))
         return requests
+
+    def _stops(self, sampling: Sampling) -> list[int]:
+        """End tokens and those of the sampling, each once; vLLM keeps them in the answer."""
+        own = [token for token in sampling.stop_ids if token < self._vocabulary]
+        return list(dict.fromkeys([*self._end_ids, *own])) if own else self._end_ids
 
     def _completion(self, answer: Answer) -> Completion:
         reason = REASONS.get(answer.finish_reason or "", FinishReason.ERROR)

@@ -23,6 +23,7 @@ class Trajectory:
         turns: Its searches.
         answer: Final answer; None for none.
         is_right: Exact match.
+        sample: Which of the question's samples it is, from 0.
     """
 
     question: Question
@@ -31,6 +32,42 @@ class Trajectory:
     turns: tuple[Turn, ...]
     answer: str | None
     is_right: bool
+    sample: int = 0
+
+    @property
+    def uid(self) -> str:
+        """The question's; samples behind the first add their number."""
+        return f"{self.question.uid}#{self.sample}" if self.sample else self.question.uid
+
+    @property
+    def queries(self) -> tuple[str, ...]:
+        """Of all its searches, in order."""
+        return tuple(turn.query for turn in self.turns)
+
+
+@dataclass(frozen=True)
+class OpenTurn:
+    """A turn of a trajectory with its candidates, before it has labels.
+
+    Args:
+        trajectory: Where it is from.
+        number: Of the turn, from 0.
+        places: Of its candidates in the corpus, the retriever's best first.
+    """
+
+    trajectory: Trajectory
+    number: int
+    places: tuple[int, ...]
+
+    @property
+    def query(self) -> str:
+        """Of the turn."""
+        return self.trajectory.turns[self.number].query
+
+    @property
+    def queries(self) -> tuple[str, ...]:
+        """Those before it and its own."""
+        return self.trajectory.queries[: self.number + 1]
 
 
 @dataclass(frozen=True)
@@ -67,16 +104,16 @@ class LabelledTurn:
     """A turn with its candidates and their two labels.
 
     Args:
-        question_uid: Which question.
+        question_uid: Which question; samples behind the first add ``#<sample>``.
         turn: Number of the turn in its trajectory, from 0.
         question: Its text.
         history: Queries before this one.
         query: Of the turn.
         candidates: Ids of the passages, in the retriever's order.
-        local: Judge's scores 0 to 100; None where a chunk could not be read.
+        local: Judge's scores 0 to 100; None where a chunk could not be read or no judge was asked.
         right: Whether the continued rollout with this passage alone was right, 0 or 1; None where
-            global labels were not asked for.
-        gold: Whether the passage is one of the question's supporting ones, 0 or 1.
+            there were no rollouts (not asked for, the judge could not be read, or one failed).
+        gold: Whether the passage answers the query, 0 or 1, as ``SearchTask.gold`` knows.
     """
 
     question_uid: str
@@ -101,7 +138,8 @@ class UtilityRow:
         query: Of the turn.
         positive: Id of a passage.
         negatives: Ids of passages.
-        scores: Local scores (0 to 100) of the positive and the negatives, in that order.
+        scores: Local scores (0 to 100) of the positive and the negatives, in that order; -1 each
+            where there are none.
         siblings: Ids of all positives of the turn, this one included.
     """
 

@@ -17,11 +17,20 @@ Split = Literal["train", "val", "test", "predict"]
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One supervised example for the warm start: token ids, the loss is on the completion only."""
+    """One supervised example for the warm start: token ids, the loss is on the completion only.
+
+    Args:
+        prompt_ids: Read, no loss.
+        completion_ids: Learned.
+        domain: As of ``Prompt``.
+        observed: True for completion tokens that an environment wrote, one a token: no loss on
+            them; None where there are none.
+    """
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     domain: str = "default"
+    observed: tuple[bool, ...] | None = None
 
 
 class Bound(ABC):

@@ -8,9 +8,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from datamodules.tasks.base import Bound, Split
+
+if TYPE_CHECKING:
+    from datamodules.tasks.search_set import SearchSet
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ class BridgeSet:
     group: str = ""
 
 
-EvalSet: TypeAlias = "RetrievalSet | StsSet | BridgeSet"
+EvalSet: TypeAlias = "RetrievalSet | StsSet | BridgeSet | SearchSet"
 
 
 class EmbeddingTask(Bound):

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from datamodules.experience import span
+
 
 def length_buckets(lengths: Tensor, most: int = 4, least_rows: int = 8) -> list[Tensor]:
     """Rows of like length together, where that saves a tenth of the padded tokens.
@@ -47,7 +49,8 @@ def shared_hidden(
         config: Its configuration; all layers full attention.
         input_ids: ``(N, L)`` prompt then completion, right-padded.
         prompt_lengths: ``(N,)``.
-        mask: ``(N, T)`` True on completion tokens.
+        mask: ``(N, T)`` True on completion tokens whose predictions are wanted. What lies in a gap
+            (observed tokens) is read as context like any other token.
         groups: ``(N,)`` equal for rows of one prompt.
 
     Returns:
@@ -70,7 +73,7 @@ def shared_hidden(
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state[:, -1]
-    lengths = mask.sum(1)
+    lengths = span(mask)  # up to the last wanted token, gaps included
     pieces, keys = [], []
     for rows in length_buckets(lengths):
         steps = int(lengths[rows].max())

@@ -33,7 +33,7 @@ from lightning_modules.functional.contrastive import (
     info_nce,
     matryoshka_info_nce,
 )
-from lightning_modules.functional.sums import masked_sum_count
+from lightning_modules.functional.sums import Metrics, masked_sum_count
 from lightning_modules.functional.uniformity import alignment
 
 
@@ -264,7 +264,31 @@ class EmbeddingModule(VectorModule):
         """
         size, group = batch.text_ids.shape
         queries, passages = vectors[:size], vectors[size:].unflatten(0, (size, group))
-        info = PairInfo(
+        info, rows = self.info_of(batch), slice(0, size)
+        own_queries, own_passages = queries, passages
+        if self.gather:
+            (queries, passages), rows = gather_with_grad(queries, passages)
+            info = gather_info(info)
+        found: ContrastiveLoss = self.loss(queries, passages, info, rows)
+        loss, metrics = self.combine(found, own_queries, own_passages, batch)
+        self.record({f"train/{name}": value for name, value in metrics.items()})
+        self.record({f"train/loss/{batch.domain}": metrics["loss"]})
+        near = alignment(own_queries.detach(), own_passages[:, 0].detach())
+        self.record(
+            {
+                "train/alignment": masked_sum_count(near, batch.counted),
+                "train/items": (float(len(vectors)), 1.0),
+            }
+        )
+        return loss
+
+    def info_of(self, batch: PairBatch) -> PairInfo:
+        """What the loss is told about the rows of a batch.
+
+        Args:
+            batch: Of this rank.
+        """
+        return PairInfo(
             in_batch=batch.in_batch,
             counted=batch.counted,
             passage_mask=batch.passage_mask,
@@ -272,24 +296,31 @@ class EmbeddingModule(VectorModule):
             query_ids=batch.query_ids,
             known_positives=batch.known_positives,
         )
-        rows = slice(0, size)
-        own_queries, own_passages = queries.detach(), passages[:, 0].detach()
-        if self.gather:
-            (queries, passages), rows = gather_with_grad(queries, passages)
-            info = gather_info(info)
-        found: ContrastiveLoss = self.loss(queries, passages, info, rows)
-        self.record({f"train/{name}": value for name, value in found.metrics.items()})
-        self.record({f"train/loss/{batch.domain}": found.metrics["loss"]})
-        counted = batch.counted
-        self.record(
-            {
-                "train/alignment": masked_sum_count(alignment(own_queries, own_passages), counted),
-                "train/items": (float(len(vectors)), 1.0),
-            }
-        )
-        if self.gather:
-            return joined_mean(found.loss_sum, found.num_rows)
-        return found.loss_sum / max(found.num_rows, 1)
+
+    def combine(
+        self, found: ContrastiveLoss, queries: Tensor, passages: Tensor, batch: PairBatch
+    ) -> tuple[Tensor, Metrics]:
+        """What is minimised, and its metrics: here the mean of ``found`` alone.
+
+        Args:
+            found: What ``loss`` gave.
+            queries: ``(B, d)`` of this rank, with a gradient.
+            passages: ``(B, G, d)`` of this rank.
+            batch: Their rows.
+
+        Returns:
+            0-d loss, and ``name -> (sum, count)`` with ``loss`` among them.
+        """
+        return self.mean(found.loss_sum, found.num_rows), found.metrics
+
+    def mean(self, loss_sum: Tensor, count: int) -> Tensor:
+        """A sum over this rank's part as the mean over all ranks where they share candidates.
+
+        Args:
+            loss_sum: 0-d.
+            count: Of its terms.
+        """
+        return joined_mean(loss_sum, count) if self.gather else loss_sum / max(count, 1)
 
     # ------------------------------------------------------------------ export
 

@@ -168,13 +168,13 @@ class VectorModule(EvaluatedModule):
         if isinstance(one, RetrievalSet):
             queries = self.shared_vectors(one.queries, "query", one.instruction)
             corpus = self.shared_vectors(one.corpus, "passage", one.instruction)
-            with _float32():
+            with float32_defaults():
                 return self._measure_retrieval(one, queries, corpus)
         if not isinstance(one, StsSet):
             return {}
         first = self.shared_vectors(one.first, "query", one.instruction)
         second = self.shared_vectors(one.second, "query", one.instruction)
-        with _float32():
+        with float32_defaults():
             scores = torch.tensor(list(one.scores))
             values = sts_metrics(first, second, scores)
             for dim in self._shorter():
@@ -223,7 +223,7 @@ class VectorModule(EvaluatedModule):
 
 
 @contextmanager
-def _float32() -> Iterator[None]:
+def float32_defaults() -> Iterator[None]:
     """New tensors are float32: ``bf16-true`` would make them coarse, and the measures with them."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)

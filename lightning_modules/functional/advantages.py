@@ -102,12 +102,14 @@ def generalized_advantages(
     ``delta_t = r_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lambda A_{t+1}`` (GAE, arXiv
     1506.02438, eq. 16); returns are ``A_t + V_t``. With ``gamma = lambda = 1`` that is the reward
     still to come minus the value. Our choice, as in verl: a completion that was cut off ends like
-    any other, without a bootstrapped value.
+    any other, without a bootstrapped value. ``t + 1`` is the next token under the mask: over a gap
+    (tokens that an environment wrote) the recursion goes on with the policy's next token, one step
+    of gamma and lambda however long the gap [our reading of Search-R1's state masking].
 
     Args:
         rewards: ``[N, T]`` reward of each token.
         values: ``[N, T]`` value of the state in which the token was written.
-        mask: ``[N, T]`` nonzero at completion tokens, without gaps.
+        mask: ``[N, T]`` nonzero at the policy's own tokens.
         gamma: Discount a token, in [0, 1].
         gae_lambda: Weight of longer estimates, in [0, 1].
 
@@ -131,13 +133,14 @@ def generalized_advantages(
     live = mask.to(torch.bool)
     values = torch.where(live, values.detach(), 0.0)
     rewards = torch.where(live, rewards.detach(), 0.0).to(values.dtype)
-    following = torch.nn.functional.pad(values[:, 1:], (0, 1))
-    deltas = rewards + gamma * following - values
     advantages = torch.zeros_like(values)
-    running = values.new_zeros(len(values))
+    running, following = values.new_zeros(len(values)), values.new_zeros(len(values))
     for step in reversed(range(values.shape[1])):
-        running = torch.where(live[:, step], deltas[:, step] + gamma * gae_lambda * running, 0.0)
-        advantages[:, step] = running
+        here = live[:, step]
+        delta = rewards[:, step] + gamma * following - values[:, step]
+        running = torch.where(here, delta + gamma * gae_lambda * running, running)
+        following = torch.where(here, values[:, step], following)
+        advantages[:, step] = torch.where(here, running, 0.0)
     return advantages, torch.where(live, advantages + values, 0.0)
 
 

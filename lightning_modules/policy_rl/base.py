@@ -318,14 +318,19 @@ class PolicyModule(EvaluatedModule):
         """What is logged of every rollout, overall and for each domain."""
         completions, reward = rollouts.completions, rollouts.reward
         assert reward is not None
-        length = torch.tensor([float(len(c.token_ids)) for c in completions])
+        own = {"length": torch.tensor([float(c.num_written) for c in completions])}
+        if any(c.observed is not None for c in completions):
+            seen = [float(len(c.token_ids) - c.num_written) for c in completions]
+            own["observed"] = torch.tensor(seen)
         cut = torch.tensor([c.finish_reason is not FinishReason.STOP for c in completions])
         metrics: dict[str, Any] = {"rollout/truncated": masked_sum_count(cut)}
-        metrics |= moments("rollout/reward", reward) | moments("rollout/length", length)
+        metrics |= moments("rollout/reward", reward)
+        for name, value in own.items():
+            metrics |= moments(f"rollout/{name}", value)
         domains = [prompt.domain for prompt in rollouts.prompts]
         for domain in sorted(set(domains)):
             mask = torch.tensor([name == domain for name in domains])
-            for name, value in (rollouts.parts | {"length": length, "truncated": cut}).items():
+            for name, value in (rollouts.parts | own | {"truncated": cut}).items():
                 if name == "reward":
                     metrics |= moments(f"rollout/reward/{domain}", value, mask)
                 else:
@@ -368,7 +373,7 @@ class PolicyModule(EvaluatedModule):
     ) -> dict[str, Tensor]:
         """Parts of the reward, each ``(prompts x samples,)``."""
         rollouts = self.evaluation_rollouts(prompts, sampling, data.engine)
-        length = torch.tensor([float(len(c.token_ids)) for c in rollouts.completions])
+        length = torch.tensor([float(c.num_written) for c in rollouts.completions])
         return {**self.score_evaluation(rollouts, data.reward), "length": length}
 
     def evaluation_rollouts(

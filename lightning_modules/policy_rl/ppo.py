@@ -3,7 +3,7 @@
 Paper: Proximal Policy Optimization, arXiv 1707.06347; details as in verl v0.4 [code], on which the
 TRE paper builds (arXiv 2602.03635).
 
-The critic V gives every state a value; the reward stands on the last token of a completion:
+The critic V gives every state a value; the reward stands on the policy's last token:
 
     delta_t = r_t + gamma V(s_{t+1}) - V(s_t),   A_t = delta_t + gamma lambda A_{t+1}   (GAE)
     A is then whitened over the rollout's tokens; returns are the raw A_t + V(s_t)
@@ -32,7 +32,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from datamodules.experience import Experience, Rollouts
+from datamodules.experience import Experience, Rollouts, span
 from datamodules.loader import gather_objects
 from lightning_modules.backbones.causal_lm import spread
 from lightning_modules.backbones.critic import Critic, ValueHead
@@ -139,8 +139,8 @@ class PPO(GRPO):
             return super().advantages(rollouts)
         assert rollouts.reward is not None
         _, metrics = super().advantages(rollouts)  # the share of groups without a signal
-        mask, values = rollouts.mask, rollouts.extra["values"]
-        is_last = torch.arange(mask.shape[1]) == mask.sum(1, keepdim=True) - 1
+        mask, values = rollouts.written_mask, rollouts.extra["values"]
+        is_last = torch.arange(mask.shape[1]) == span(mask)[:, None] - 1
         rewards = torch.where(is_last, rollouts.reward[:, None].float(), 0.0)
         advantages, returns = generalized_advantages(
             rewards, values, mask, gamma=self.gamma, gae_lambda=self.gae_lambda

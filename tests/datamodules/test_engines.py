@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from datamodules.engines.base import Sampling, sample_seed
 from datamodules.engines.decode import choose_tokens, supports_buffered_cache, uniforms
 from datamodules.engines.hf import HFEngine
+from datamodules.engines.vllm import VLLMEngine
 from datamodules.experience import Completion, FinishReason, Prompt
 from datamodules.tasks.prefix_audit import PrefixAudit
 from lightning_modules.backbones.causal_lm import CausalLM, load_causal_lm
@@ -248,6 +250,39 @@ def test_adapters_take_part(tiny_folder, prompts):
     assert_same(loop, engine_for(policy, decoder="generate").generate(prompts, sampling))
     with policy.adapter_off():
         assert tokens(engine_for(policy).generate(prompts, sampling)) != tokens(loop)
+
+
+@pytest.mark.parametrize("decoder", ["loop", "generate"])
+@pytest.mark.parametrize("kind", ["plain", "greedy"])
+def test_stop_tokens_end_a_completion_and_stay_in_it(policy, prompts, decoder, kind):
+    sampling = SAMPLINGS[kind]
+    whole = engine_for(policy).generate(prompts, sampling)
+    found = Counter(token for one in sum(whole, []) for token in set(one.token_ids[:-1]))
+    stops = tuple(token for token, _ in found.most_common(3))
+    stopping = replace(sampling, stop_ids=(*stops, stops[0], EOS[0]))  # named twice: no harm
+    engine = engine_for(policy, decoder=decoder)
+    cut = engine.generate(prompts, stopping)
+    changed = 0
+    for before, after in zip(sum(whole, []), sum(cut, []), strict=True):
+        ends = [n for n, token in enumerate(before.token_ids, start=1) if token in stops]
+        size = min([*ends, len(before.token_ids)])
+        changed += size < len(before.token_ids)
+        assert after.token_ids == before.token_ids[:size]
+        assert after.logprobs == pytest.approx(before.logprobs[:size], abs=2e-5)
+        is_stop = bool(ends) or before.finish_reason is FinishReason.STOP
+        assert after.finish_reason is (FinishReason.STOP if is_stop else FinishReason.LENGTH)
+    assert changed > 3
+    assert_same(engine.generate(prompts, sampling), whole)  # nothing of it is kept
+
+
+def test_pushed_engines_ask_for_stop_tokens_once(prompts):
+    engine = VLLMEngine()
+    engine._end_ids, engine._vocabulary = [2, 5], 83
+    stopping = Sampling(samples=2, stop_ids=(7, 5, 9, 7, 90))  # no model of 83 words writes 90
+    for request in engine.requests(prompts[0], stopping):
+        assert request.parameters["stop_token_ids"] == [2, 5, 7, 9]
+    (plain,) = engine.requests(prompts[0], Sampling())
+    assert plain.parameters["stop_token_ids"] == [2, 5]
 
 
 def test_no_prompts_give_no_completions(policy):

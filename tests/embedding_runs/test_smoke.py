@@ -46,6 +46,8 @@ def test_files_of_a_run(finished: Path) -> None:
     tops = {"metrics.json", "config.yaml", "checkpoints", "export", "tensorboard"}
     if "model_merging" in config.callbacks:
         tops.add("bags")
+    if "labels_folder" in config.data:
+        tops.add("labels")
     assert {name.split("/")[0] for name in names} == tops
     assert {name for name in names if name.startswith("checkpoints/")} == {"checkpoints/last.ckpt"}
     export = {"config.json", "litpost.json", "model.safetensors", "tokenizer.json"}
@@ -95,10 +97,11 @@ def test_a_loaded_run_embeds_as_the_checkpoint_does(finished: Path) -> None:
     path, _, name = config.model._target_.rpartition(".")
     cls = getattr(importlib.import_module(path), name)
     module = cls.load_from_checkpoint(last_of(finished), weights_only=True).eval()
-    data.prepare(module.backbone_options.path, "unused")
+    data.prepare(module.backbone_options.path, "unused", for_training=False)
     module.after_load(data)
     one = next(iter(data.test_dataloader())).items[0]
     items = (one.corpus if hasattr(one, "corpus") else [row.target for row in one.rows])[:3]
+    items = [getattr(item, "encoded_text", item) for item in items]
     vectors = loaded.embed(items)
     assert vectors.shape == (3, loaded.policy.width)
     assert torch.allclose(vectors, module.embed(items), atol=1e-6)
@@ -115,7 +118,7 @@ def test_tensorboard_of_a_run(finished: Path) -> None:
     tags = reader.Tags()
     prefixes = {tag.split("/")[0] for tag in tags["scalars"] if "/" in tag}
     assert {"train", "perf", "val", "test"} <= prefixes
-    assert prefixes <= {"train", "perf", "val", "test", "time", "mem", "merge"}
+    assert prefixes <= {"train", "perf", "val", "test", "time", "mem", "merge", "labels"}
     for tag in ("train/loss", "train/lr", "train/grad_norm", "perf/tokens_per_s"):
         assert [step for step, _ in scalars(reader, tag)] == [1, 2], tag
     for tag in tags["scalars"]:

@@ -50,7 +50,7 @@ def test_the_numbers_are_those_of_sentence_transformers(subset: Path, tmp_path: 
     from scipy.stats import spearmanr
 
     from datamodules.tasks.sts_file import StsFile
-    from train import package_folder
+    from run_tools.resolvers import package_folder
 
     _, folder = run(tmp_path, subset, "mode=test")
     tested = json.loads((folder / "test" / "test.json").read_text())
