@@ -40,6 +40,8 @@ class ContextDataModule(LightningDataModule):
         source_mask: Probability that a token of the task's ``hidden_words`` is hidden from the
             compressor in training [card, section 9: 0.5]; evaluation hides nothing.
         mask_kind: What stands in its place: ``mask`` or ``random``, see ``ContextEncoding``.
+        decoder: Folder or hub name of the decoder, for its tokenizer; None for the folder
+            ``decoder`` in the compressor's, or else the compressor's tokenizer.
         path: File of the texts where the task reads one; for messages only.
         seed: Of the order and of what is hidden.
 
@@ -58,10 +60,12 @@ class ContextDataModule(LightningDataModule):
         on_too_long: LongPolicy = "error",
         source_mask: float = 0.0,
         mask_kind: MaskKind = "mask",
+        decoder: str | None = None,
         path: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.decoder = decoder
         counts = {"batch_size": batch_size, "micro_batches": micro_batches}
         counts |= {"eval_batch_size": eval_batch_size, "max_tokens": max_tokens or 1}
         problems = [
@@ -99,8 +103,6 @@ class ContextDataModule(LightningDataModule):
         cache_dir: str | Path,
         task_settings: Any = None,
         for_training: bool = True,
-        *,
-        decoder: str | None = None,
     ) -> None:
         """Bind the tokenizers of compressor and decoder. Called once before the Trainer.
 
@@ -109,9 +111,10 @@ class ContextDataModule(LightningDataModule):
             cache_dir: Where prepared folders live; nothing is prepared here.
             task_settings: Plain values that identify the task.
             for_training: Whether training follows.
-            decoder: Folder or hub name of the decoder; None for the compressor's tokenizer.
         """
         load, trust = AutoTokenizer.from_pretrained, self.trust_remote_code
+        beside = Path(backbone, "decoder")
+        decoder = self.decoder or (str(beside) if beside.is_dir() else None)
         source = load(backbone, trust_remote_code=trust)
         self.bind(source, load(decoder, trust_remote_code=trust) if decoder else None)
 

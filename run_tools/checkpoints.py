@@ -74,6 +74,8 @@ def backbone_of_checkpoint(path: str | Path, cache_dir: str | Path) -> Path:
 
     def build(folder: Path) -> None:
         for name, text in files.items():
-            (folder / Path(name).name).write_text(text)
+            parent = folder / "decoder" if name.startswith("decoder/") else folder
+            parent.mkdir(exist_ok=True)
+            (parent / Path(name).name).write_text(text)
 
     return prepare(cache_dir, "checkpoint-backbone", {"files": files}, build)

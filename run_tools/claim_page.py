@@ -49,6 +49,7 @@ class Page:
         figure: File name of the figure.
         along: What happened along the way: one row an arm.
         curves: File name of the figure of curves; empty for none.
+        plots: Metrics against each other, as Markdown; empty for none.
     """
 
     claim: str
@@ -64,6 +65,7 @@ class Page:
     figure: str
     along: Table = field(default_factory=lambda: Table(["arm"]))
     curves: str = ""
+    plots: str = ""
 
     def markdown(self) -> str:
         """The page; the same parts give the same bytes."""
@@ -90,6 +92,7 @@ class Page:
         if self.curves:
             parts += ["## Along the way", self.along.markdown()]
             parts.append(f"![Curves by arm: mean, and lowest to highest seed]({self.curves})")
+        parts += [self.plots] if self.plots else []
         if self.extra.body:
             parts += ["## Further measurements", self.extra.markdown()]
         parts += ["## How it was made", self._origin()]

@@ -15,6 +15,7 @@ from run_tools.claim_curves import curve_table, draw_curves, read_curves
 from run_tools.claim_figure import draw_claim
 from run_tools.claim_options import ClaimOptions, Shown, find_claim, tag_of
 from run_tools.claim_page import Page, Table, print_page
+from run_tools.claim_scatter import draw_scatters
 
 Arms = dict[str, dict[int, dict[str, Any]]]
 NO_VALUE = "-"
@@ -157,10 +158,11 @@ def report(
     _draw(image, name, shown, cells)
     text = source / "README.md"
     along, lines = _along(name, arms, output_dir, options.curves, Path(folder))
+    plots = draw_scatters(options.scatter, arms, name, Path(folder))
     page = Page(
         claim=name,
         text=text.read_text(encoding="utf-8") if text.is_file() else "",
-        notes=_notes(arms, planned, Path(output_dir, name), shown, unmeasured),
+        notes=_notes(arms, planned, Path(output_dir, name), shown, unmeasured) + plots.notes,
         main=_main_table(arms, shown, cells),
         paired=_paired_table(arms, shown),
         extra=_extra_table(arms, shown),
@@ -171,11 +173,12 @@ def report(
         figure=image.name,
         along=along,
         curves=lines.name if lines else "",
+        plots=plots.markdown(),
     )
     unfinished = target.with_suffix(".unfinished")
     unfinished.write_text(page.markdown(), encoding="utf-8")
     os.replace(unfinished, target)
-    figures = [f"figure: {one}" for one in (image, lines) if one]
+    figures = [f"figure: {one}" for one in (image, lines, *plots.images) if one]
     print_page(f"claim {name}", page, [f"page: {target}", *figures])
     means = {"/".join(part for part in key if part): c.mean for key, c in cells.items()}
     return means | {f"{arm}/seeds": float(len(runs)) for arm, runs in sorted(arms.items())}

@@ -54,6 +54,14 @@ ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
         "instruction_id_list": ["punctuation:no_comma"],
         "kwargs": [{}],
     },
+    "text_file": lambda i: {"text": f"The number {i} stands between {i - 1} and {i + 1}."},
+    "conflict_file": lambda i: {
+        "question": f"Where is the number {i}?",
+        "memory_answer": f"The number {i} is in room r{i}.",
+        "parametric_memory": f"Everybody knows that the number {i} is in room r{i} of the house.",
+        "counter_answer": f"hall h{i}",
+        "counter_memory": f"Since last year the number {i} has been in hall h{i} of the house.",
+    },
 }  # fmt: skip
 
 

@@ -14,6 +14,11 @@ from lightning_modules.backbones.tiny_encoder import (
     TinyEncoderOptions,
     prepare_tiny_encoder,
 )
+from lightning_modules.backbones.tiny_pair import (
+    PairWarmStart,
+    TinyPairOptions,
+    prepare_tiny_pair,
+)
 from lightning_modules.backbones.tiny_vl import NoWarmStart, TinyVLOptions, prepare_tiny_vl
 
 
@@ -35,6 +40,7 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "causal_lm": Family(TinyOptions, WarmStartOptions, prepare_tiny),
     "encoder": Family(TinyEncoderOptions, PairWarmStartOptions, prepare_tiny_encoder),
+    "pair": Family(TinyPairOptions, PairWarmStart, prepare_tiny_pair),
     "vision_language": Family(TinyVLOptions, NoWarmStart, prepare_tiny_vl),
 }
 

@@ -170,8 +170,6 @@ class LossOptions:
     Args:
         slot_weight: Of tokens that state a fact, where others have 1.
         skip: First tokens of a continuation without loss [code: ICAE, 8].
-        twin_weight: Weight of ``twin_contrast`` between minimal pairs; 0 for none.
-        twin_temperature: Of its softmax.
 
     Raises:
         ValueError: Names every bad key.
@@ -179,17 +177,12 @@ class LossOptions:
 
     slot_weight: float = 1.0
     skip: int = 8
-    twin_weight: float = 0.0
-    twin_temperature: float = 0.1
 
     def __post_init__(self) -> None:
         problems = [
             *_at_least("model.loss.slot_weight", self.slot_weight, 0),
             *_at_least("model.loss.skip", self.skip, 0),
-            *_at_least("model.loss.twin_weight", self.twin_weight, 0),
         ]
-        if self.twin_temperature <= 0:
-            problems.append(f"model.loss.twin_temperature={self.twin_temperature} must be above 0")
         _refuse(problems)
 
 

@@ -95,6 +95,16 @@ class Pair(nn.Module):
         _freeze_head(compressor)
 
     @property
+    def base(self) -> nn.Module:
+        """The compressor's Hugging Face model."""
+        return self.compressor.base
+
+    @property
+    def config(self) -> Any:
+        """Its configuration."""
+        return self.compressor.config
+
+    @property
     def blocks(self) -> list[nn.Module]:
         """Decoder layers of both models, the units of sharding."""
         return [*decoder_layers(self.compressor), *decoder_layers(self.decoder)]

@@ -32,7 +32,6 @@ BAD = [
     (EntropyControl, {"label_smoothing": 1.0}, r"label_smoothing=1.0 must be in \[0, 1\)"),
     (EntropyControl, {"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
     (LossOptions, {"slot_weight": -1}, "model.loss.slot_weight=-1 must be at least 0"),
-    (LossOptions, {"twin_temperature": 0.0}, "twin_temperature=0.0 must be above 0"),
     (DecoderOptions, {"backbone": "x", "train": "all"}, "model.decoder.train='all': give one of"),
     (DecoderOptions, {"backbone": "x", "lora": {}}, "model.decoder.lora has no use with"),
 ]

@@ -1,0 +1,286 @@
+"""A tiny compressor and decoder that a run of ``model=compressor`` starts from, as one folder.
+
+Two fits come before the run [card, section 9, second trial], each cached by itself:
+
+===== ================================================ ========================================
+stage what is fitted                                   to what
+===== ================================================ ========================================
+0     decoder and bridge, together with a compressor   reconstruction of neutral texts, nothing
+      that is thrown away                              hidden: it reads any fact, expects none
+1     the run's compressor, as a language model        texts of the world: it knows the priors
+===== ================================================ ========================================
+
+Stage 0 does not know the run's compressor, so a sweep of widths has one decoder a seed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from datamodules.context_encoding import CompressionBatch
+from datamodules.contexts import ContextDataModule
+from datamodules.engines.base import sample_seed
+from datamodules.prepared import prepare
+from datamodules.sources import stable_hash
+from datamodules.tasks.compression import (
+    CompressionTask,
+    Context,
+    ContextSet,
+    DrawnContexts,
+    Split,
+)
+from lightning_modules.backbones.prepare import WarmStartOptions, fit_tiny, prepare_tiny
+from lightning_modules.backbones.tiny import build_tiny
+from lightning_modules.backbones.tiny_pair_options import PairWarmStart as PairWarmStart
+from lightning_modules.backbones.tiny_pair_options import Texts
+from lightning_modules.backbones.tiny_pair_options import TinyPairOptions as TinyPairOptions
+from lightning_modules.compressor.folders import OPTIONS_FILE, export_pair
+from lightning_modules.compressor.pair import Pair
+from lightning_modules.compressor.projector import BRIDGE_FILE
+from lightning_modules.options import read_options
+
+#: Fresh texts on which a fitted decoder is measured, and the share of them that it must read.
+NUM_CHECKED, ENOUGH = 256, 0.9
+
+
+class FittingTexts(CompressionTask):
+    """Neutral texts of a task, or those with its priors, as what is trained on.
+
+    Text ``i`` is the first of step ``i``, a pure function of the seed.
+
+    Args:
+        task: Whose texts.
+        texts: Which.
+        count: How many, from the first on.
+        seed: Of the texts.
+    """
+
+    def __init__(self, task: CompressionTask, texts: Texts, count: int, seed: int) -> None:
+        self.task, self.name = task, task.name
+        self.count, self.seed = count, seed
+        self._write = task.neutral_texts if texts == "neutral" else task.pretraining_texts
+
+    def vocabulary(self) -> list[str] | None:
+        """That of the task."""
+        return self.task.vocabulary()
+
+    def text(self, number: int) -> Context:
+        """Text ``number``, of any size: those from ``count`` on are never trained on."""
+        found = self._write(self.seed, number, 1)
+        return Context(f"{self.name}/fit/{number}", found[0])
+
+    def contexts(self, split: Split) -> Sequence[Context]:
+        """The texts, for training only."""
+        return DrawnContexts(self.count, self.text) if split == "train" else []
+
+    def evaluations(self, split: Split) -> list[ContextSet]:
+        """None."""
+        return []
+
+    def read(self, context: Context, text: str) -> Mapping[str, str | None]:
+        """As the task reads."""
+        return self.task.read(context, text)
+
+
+def prepare_tiny_pair(
+    task: CompressionTask,
+    *,
+    tiny: Mapping[str, Any] | TinyPairOptions | None,
+    warm_start: Mapping[str, Any] | PairWarmStart | None,
+    task_settings: Any,
+    seed: int,
+    cache_dir: str | Path,
+    callbacks: Sequence[Any] = (),
+) -> Path:
+    """Folder of a tiny pair for ``task``, made at most once; its stages are cached by themselves.
+
+    The folder has the form of an exported pair, but its bridge holds only the parts that fit every
+    width of the compressor (``TinyPairOptions.shared_parts``), for ``start_bridge``.
+
+    Args:
+        task: Gives the vocabulary and the texts; a task without a vocabulary gets random models.
+        tiny: Shape of both models and of the bridge.
+        warm_start: How to fit them; None for not at all.
+        task_settings: Plain values that identify the task.
+        seed: Of weights and texts.
+        cache_dir: Where prepared folders live.
+        callbacks: Of the Trainers of both stages, such as a progress bar.
+
+    Returns:
+        The folder. Its ``litpost.json`` says what share of fresh texts the decoder reads without
+        any error (``exact_match``, None where it was not fitted).
+    """
+    shape = read_options(TinyPairOptions, tiny, "backbone.tiny")
+    fit = _with_texts(task, _read_warm_start(warm_start), seed)
+    common: dict[str, Any] = {"task_settings": task_settings, "seed": seed}
+    common |= {"cache_dir": cache_dir, "callbacks": callbacks}
+    decoder = prepare_tiny_decoder(task, tiny=shape, warm_start=fit, **common)
+    stage = WarmStartOptions(
+        steps=fit.steps,
+        batch_size=fit.batch_size,
+        max_tokens=fit.batch_size * shape.max_positions,
+        gradient_clip=fit.gradient_clip,
+        optimizer=asdict(fit.optimizer_of(shape.hidden_size, is_decoder=False)),
+    )
+    compressor = prepare_tiny(
+        task, tiny=shape.compressor, warm_start=stage if stage.steps else None, **common
+    )
+    material = {"format": 1, "compressor": compressor.name, "decoder": decoder.name}
+    parts = shape.shared_parts
+    return prepare(cache_dir, "pair", material, lambda at: _join(at, compressor, decoder, parts))
+
+
+def prepare_tiny_decoder(
+    task: CompressionTask,
+    *,
+    tiny: Mapping[str, Any] | TinyPairOptions | None,
+    warm_start: Mapping[str, Any] | PairWarmStart | None,
+    task_settings: Any,
+    seed: int,
+    cache_dir: str | Path,
+    callbacks: Sequence[Any] = (),
+) -> Path:
+    """Folder of a decoder with the bridge and the compressor it was fitted with: stage 0.
+
+    Args:
+        task: As in ``prepare_tiny_pair``, and so are all others.
+        tiny: The shape of the run's compressor does not matter.
+        warm_start: Stage 1 does not matter.
+        task_settings: Of the task.
+        seed: Of weights and texts.
+        cache_dir: Where prepared folders live.
+        callbacks: Of the Trainer.
+
+    Returns:
+        An exported pair, see ``load_pair``.
+    """
+    shape = read_options(TinyPairOptions, tiny, "backbone.tiny")
+    fit = _with_texts(task, _read_warm_start(warm_start), seed)
+    optimizer = asdict(fit.optimizer_of(shape.decoder_width, is_decoder=True))
+    is_fitted, words = fit.decoder_steps > 0, task.vocabulary()
+    material = {
+        "format": 1,
+        "vocabulary": words,
+        "task": task_settings if is_fitted else task.name,
+        "decoder": asdict(shape.decoder),
+        "memory": asdict(shape.memory),
+        "projector": asdict(shape.projector),
+        "fit": {**asdict(fit), "steps": 0, "optimizer": optimizer} if is_fitted else None,
+        "seed": seed,
+    }
+
+    def build(folder: Path) -> None:
+        for place, side in ((folder, "compressor"), (folder / "decoder", "decoder")):
+            build_tiny(place, words, shape.decoder, stable_hash("tiny_pair", side, seed))
+        _fit_decoder(folder, task, shape, replace(fit, optimizer=optimizer), seed, callbacks)
+
+    return prepare(cache_dir, "decoder", material, build)
+
+
+def _fit_decoder(
+    folder: Path,
+    task: CompressionTask,
+    shape: TinyPairOptions,
+    fit: PairWarmStart,
+    seed: int,
+    callbacks: Sequence[Any],
+) -> None:
+    """Train the pair of a folder, or only give it a bridge where there are no steps."""
+    from lightning_modules.compressor.base import CompressorModule  # loads backbones itself
+
+    module = CompressorModule(
+        backbone={"path": str(folder)},
+        decoder={"train": "full"},
+        memory=asdict(shape.memory),
+        projector=asdict(shape.projector),
+        optimizer=fit.optimizer,
+        controls=[],
+        progress={"loss": "train/loss"},
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    share = None
+    if fit.decoder_steps:
+        texts = FittingTexts(task, fit.decoder_texts, fit.decoder_steps * fit.batch_size, seed)
+        data = ContextDataModule(task=texts, batch_size=fit.batch_size, seed=seed)
+        data.bind(tokenizer)
+        steps, clip = fit.decoder_steps, fit.gradient_clip
+        fit_tiny(module, data, steps=steps, clip=clip, seed=seed, callbacks=callbacks)
+        fresh = [texts.text(texts.count + i) for i in range(NUM_CHECKED)]
+        share = read_share(module.policy.cpu(), data.evaluation_batch(fresh))
+        _warn_if_unread(share, fit.decoder_steps)
+    else:
+        module.build()
+    info = {"task": task.name, "exact_match": share}
+    export_pair(module.policy, tokenizer, tokenizer, folder, info=info)
+
+
+@torch.no_grad()
+def read_share(pair: Pair, batch: CompressionBatch) -> float:
+    """Share of the texts that a pair's decoder reads without an error.
+
+    Under teacher forcing: without any error is what greedy decoding then writes too.
+
+    Args:
+        pair: Is put into evaluation mode.
+        batch: B texts on the pair's device.
+    """
+    pair.eval()
+    seeds = [sample_seed("read_share", uid, 0) for uid in batch.uids]
+    _, scores = pair(
+        batch.source_ids, batch.source_mask, batch.target_ids, batch.target_mask, noise_seeds=seeds
+    )
+    is_right = (scores.correct > 0) | ~batch.target_mask
+    return float(is_right.all(1).float().mean())
+
+
+def _join(folder: Path, compressor: Path, decoder: Path, parts: Sequence[str]) -> None:
+    """The compressor of one folder, the decoder of the other, and the parts of its bridge."""
+    shutil.copytree(compressor, folder, dirs_exist_ok=True)
+    shutil.copytree(decoder / "decoder", folder / "decoder")
+    for name in (OPTIONS_FILE, "litpost.json"):
+        shutil.copy(decoder / name, folder / name)
+    state = load_file(decoder / BRIDGE_FILE)
+    kept = {k: v for k, v in state.items() if any(f"{k}.".startswith(f"{p}.") for p in parts)}
+    save_file(kept, folder / BRIDGE_FILE)
+
+
+def _read_warm_start(values: Mapping[str, Any] | PairWarmStart | None) -> PairWarmStart:
+    given = {"steps": 0, "decoder_steps": 0} if values is None else values
+    return read_options(PairWarmStart, given, "backbone.warm_start")
+
+
+def _with_texts(task: CompressionTask, fit: PairWarmStart, seed: int) -> PairWarmStart:
+    """The stages that the task has texts for; warns of those that it has none for."""
+    if task.vocabulary() is None:
+        return replace(fit, steps=0, decoder_steps=0)
+    kinds = {"steps": "prior", "decoder_steps": fit.decoder_texts}
+    left_out: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        write = task.neutral_texts if kind == "neutral" else task.pretraining_texts
+        if getattr(fit, name) and not write(seed, 0, 1):
+            left_out[name] = 0
+            warnings.warn(
+                f"task '{task.name}' has no {kind} texts: backbone.warm_start.{name}="
+                f"{getattr(fit, name)} is left out, and that model stays random",
+                stacklevel=3,
+            )
+    return replace(fit, **left_out)
+
+
+def _warn_if_unread(share: float, steps: int) -> None:
+    if share < ENOUGH:
+        warnings.warn(
+            f"the tiny decoder reads only {share:.0%} of fresh texts without an error after "
+            f"backbone.warm_start.decoder_steps={steps}: what a run loses is then not the "
+            f"compressor's doing alone; give it more steps, memory (model.memory.tokens) or rank",
+            stacklevel=2,
+        )
