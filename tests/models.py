@@ -1,4 +1,4 @@
-"""Which models there are, and of which family: policies that roll out, and embeddings."""
+"""Which models there are, and of which family: policies, embeddings, compressors of contexts."""
 
 from __future__ import annotations
 
@@ -22,6 +22,18 @@ def has_rollouts(config: Any) -> bool:
     return "engine" in config.data
 
 
+def has_contexts(config: Any) -> bool:
+    """Whether the data of a config are contexts to compress."""
+    return "source_mask" in config.data
+
+
+def has_pairs(config: Any) -> bool:
+    """Whether the data of a config are pairs of texts (or images) that belong together."""
+    return not has_rollouts(config) and not has_contexts(config)
+
+
 MODELS = sorted(path.stem for path in (REPO / "conf" / "model").glob("[!_]*.yaml"))
-POLICY_MODELS = [name for name in MODELS if has_rollouts(composed(f"model={name}"))]
-EMBEDDING_MODELS = [name for name in MODELS if name not in POLICY_MODELS]
+_CONFIGS = {name: composed(f"model={name}") for name in MODELS}
+POLICY_MODELS = [name for name in MODELS if has_rollouts(_CONFIGS[name])]
+CONTEXT_MODELS = [name for name in MODELS if has_contexts(_CONFIGS[name])]
+EMBEDDING_MODELS = [name for name in MODELS if has_pairs(_CONFIGS[name])]

@@ -7,6 +7,22 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from tests.models import has_contexts, has_rollouts
+
+
+def probe(config: Any, data: Any, module: Any, path: str) -> None:
+    """The probe of a config's kind of data.
+
+    Args:
+        config: Of the run.
+        data: Its datamodule.
+        module: Its module, with its parts built.
+        path: Folder of the backbone.
+    """
+    if has_rollouts(config):
+        return probe_policy(data, module, path)
+    return (probe_contexts if has_contexts(config) else probe_embedding)(data, module, path)
+
 
 def probe_policy(data: Any, module: Any, path: str) -> None:
     """A prompt of each evaluation has finite logits."""
@@ -31,3 +47,18 @@ def probe_embedding(data: Any, module: Any, path: str) -> None:
         assert vectors.shape == (2, module.policy.width)
         assert vectors.isfinite().all()
         assert not torch.equal(vectors[0], vectors[1])
+
+
+def probe_contexts(data: Any, module: Any, path: str) -> None:
+    """A batch of each evaluation goes through the pair with finite log-probs of every label."""
+    data.prepare(path, "unused", for_training=False)
+    module.after_load(data)
+    module.policy.eval()
+    for split in ("val", "test"):
+        one = next(iter(getattr(data, f"{split}_dataloader")())).items[0]
+        batch = data.evaluation_batch(one.contexts[:2])
+        with torch.no_grad():
+            memory = module.memory_of(batch, "probe")
+            scores = module.token_loss(memory, batch, "ae")
+        assert scores.logprob.isfinite().all()
+        assert (scores.logprob[batch.target_mask] < 0).all()

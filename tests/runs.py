@@ -34,6 +34,14 @@ SMALL = [
     "backbone.warm_start.steps=200",
     "backbone.warm_start.batch_size=16",
 ]
+#: A tiny pair that is made in a second, in a world of few nouns.
+PAIR = [
+    "backbone.tiny.decoder_width=32",
+    "backbone.warm_start.decoder_steps=20",
+    "data.task.num_first=4",
+    "data.task.num_second=4",
+    "data.task.num_held_out=3",
+]
 #: Little data and short completions.
 SHORT = [
     "data.task.length=2",
@@ -45,6 +53,7 @@ SHORT = [
 #: What shrinks any model, where it has the key (see ``small``).
 FEW = [
     *SMALL,
+    *PAIR,
     *SHORT,
     "data.task.num_keys=1",
     "data.task.num_pretrain=16",

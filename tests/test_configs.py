@@ -26,8 +26,8 @@ from tests.data_files import (
     write_judge,
     write_reward_model,
 )
-from tests.models import MODELS, POLICY_MODELS, composed, has_rollouts
-from tests.probes import probe_embedding, probe_policy
+from tests.models import MODELS, POLICY_MODELS, composed
+from tests.probes import probe
 from tests.runs import (
     ONE_UPDATE,
     REPO,
@@ -44,7 +44,7 @@ from tests.runs import (
 CONF = REPO / "conf"
 WORDS = SearchWorld().vocabulary()
 #: Of every tiny backbone the keys that it has.
-UNFITTED = [*SMALL, "backbone.warm_start.steps=0"]
+UNFITTED = [*SMALL, "backbone.warm_start.steps=0", "backbone.warm_start.decoder_steps=0"]
 Make = Callable[..., Any]
 
 
@@ -58,7 +58,10 @@ GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in (
 PARTS = [(group, name) for group in GROUPS for name in options(group) if group != "experiment"]
 CLAIMS = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in CONF.glob("claim/*/*.yaml"))
 #: One model of each kind of data and of backbone: what options of theirs are tried with.
-KINDS = {name: composed(f"model={name}") for name in ("grpo", "contrastive", "cocoa", "agentic_r")}
+KINDS = {
+    name: composed(f"model={name}")
+    for name in ("grpo", "contrastive", "cocoa", "agentic_r", "compressor")
+}
 
 
 def test_the_groups_are_those_of_the_design() -> None:
@@ -91,8 +94,7 @@ def build(config: Any, folder: Path) -> tuple[Any, Any, Any]:
     built = {f"{type(c).__module__}.{type(c).__name__}" for c in trainer.callbacks}
     assert names <= built
     assert len(trainer.loggers) == len(config.logger)
-    probe = probe_policy if has_rollouts(config) else probe_embedding
-    probe(data, module, backbone["path"])
+    probe(config, data, module, backbone["path"])
     return data, module, trainer
 
 
@@ -162,8 +164,9 @@ def test_experiment(name: str, make_config: Make, tmp_path: Path, reward_model: 
     groups = {k: v for one in recipe.defaults if one != "_self_" for k, v in one.items()}
     small = data_options(tmp_path, groups.get("override /data", ""))
     if name.endswith("_paper"):
-        encoders = dict.fromkeys(("boom", "agentic_r"), "tiny_encoder")
-        tiny = (encoders | {"cocoa": "tiny_vl"}).get(groups["override /model"], "tiny")
+        others = dict.fromkeys(("boom", "agentic_r"), "tiny_encoder")
+        others |= {"cocoa": "tiny_vl", "compressor": "tiny_pair"}
+        tiny = others.get(groups["override /model"], "tiny")
         small = [f"backbone={tiny}", "backbone.path=null", "trainer=auto", "engine=hf"]
         small += ["trainer.precision=32-true", "trainer.strategy=auto"]
         small += [f"~engine.{key}" for key in recipe.get("engine", {})]
@@ -176,6 +179,8 @@ def test_experiment(name: str, make_config: Make, tmp_path: Path, reward_model: 
             small += [f"agent.path={write_agent(tmp_path)}", "data.judge.path=null"]
             small += ["data.task.search.passages=null", "data.task.search.val_fraction=0.2"]
             small += ["data.task.search.test_fraction=0.2"]
+        if "decoder" in recipe.model:
+            small.append("model.decoder.backbone=null")  # a tiny pair has its own
         if "mask_token" in recipe.model:
             small.append("model.mask_token=null")  # a tiny tokenizer has its own
         small += {

@@ -118,6 +118,9 @@ def prepare_tiny_pair(
     Returns:
         The folder. Its ``litpost.json`` says what share of fresh texts the decoder reads without
         any error (``exact_match``, None where it was not fitted).
+
+    Raises:
+        ValueError: An option is not allowed, or the task has no texts to compress.
     """
     shape = read_options(TinyPairOptions, tiny, "backbone.tiny")
     fit = _with_texts(task, _read_warm_start(warm_start), seed)
@@ -259,7 +262,16 @@ def _read_warm_start(values: Mapping[str, Any] | PairWarmStart | None) -> PairWa
 
 
 def _with_texts(task: CompressionTask, fit: PairWarmStart, seed: int) -> PairWarmStart:
-    """The stages that the task has texts for; warns of those that it has none for."""
+    """The stages that the task has texts for; warns of those that it has none for.
+
+    Raises:
+        ValueError: It is no task of texts to compress.
+    """
+    if not isinstance(task, CompressionTask):
+        raise ValueError(
+            f"backbone.family='pair' needs a task of texts to compress, such as data=twin_nouns: "
+            f"data.task is {type(task).__name__}"
+        )
     if task.vocabulary() is None:
         return replace(fit, steps=0, decoder_steps=0)
     kinds = {"steps": "prior", "decoder_steps": fit.decoder_texts}

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -56,6 +56,7 @@ from lightning_modules.compressor.options import (
 )
 from lightning_modules.compressor.pair import Pair, TokenScores
 from lightning_modules.compressor.projector import BRIDGE_FILE, start_bridge
+from lightning_modules.compressor.training import continuation, mean_of_ranks, sum_of_ranks
 from lightning_modules.evaluation import EvaluatedModule
 from lightning_modules.functional.sums import Metrics
 from lightning_modules.functional.uncertainty import by_slot
@@ -145,6 +146,16 @@ class CompressorModule(EvaluatedModule):
         )
         self._start_bridge(self.policy)
 
+    def configure_model(self) -> None:
+        """As usual; a sharded pair gathers its weights in every method that runs them."""
+        is_new = self.policy is None
+        super().configure_model()
+        if is_new and self.device_mesh is not None:
+            from torch.distributed.fsdp import register_fsdp_forward_method
+
+            for name in Pair.forward_methods:
+                register_fsdp_forward_method(self.policy, name)
+
     def decoder_options(self) -> DecoderOptions:
         """The decoder's options; without a path of its own it is the one in the pair's folder.
 
@@ -160,17 +171,26 @@ class CompressorModule(EvaluatedModule):
                 f"model.decoder.backbone=null: {own['path']} is no exported pair, so name the "
                 f"model that reads the memory, such as model.decoder.backbone={own['path']}"
             )
-        values = {**own, "path": path, "random_init": own["random_init"] and path == str(beside)}
+        is_beside = path == str(beside)
+        values = {**own, "path": path, "random_init": own["random_init"] and is_beside}
+        values["revision"] = own["revision"] if is_beside or path == own["path"] else None
         return read_options(DecoderOptions, {**given, "backbone": values}, "model.decoder")
 
     def _start_bridge(self, pair: Pair) -> None:
         """All of it from an exported pair of the same shape, else the named parts."""
         folder = Path(self.backbone_options.path)
+        if self.backbone_options.random_init:
+            return  # the checkpoint brings it; its folder holds no weights
         file = folder / BRIDGE_FILE
         state = load_file(file) if file.is_file() else {}
         own = {name: tuple(value.shape) for name, value in pair.bridge.state_dict().items()}
         if state and own == {name: tuple(value.shape) for name, value in state.items()}:
             pair.bridge.load_state_dict(state)
+        elif "tokens" in state:
+            rank_zero_warn(
+                f"{file} is of another shape than model.memory and model.projector: memory tokens "
+                f"and projector start anew, but for model.bridge_parts={self.bridge_parts}"
+            )
         if self.bridge_parts:
             start_bridge(pair.bridge, folder, self.bridge_parts, freeze=True)
 
@@ -242,7 +262,15 @@ class CompressorModule(EvaluatedModule):
         return total, metrics
 
     def training_step(self, batch: CompressionBatch, batch_idx: int) -> Tensor:
-        """Compress, rebuild (or continue), return the mean loss of the labels of all ranks."""
+        """Compress, rebuild (or continue), return the mean loss of the labels of all ranks.
+
+        Args:
+            batch: Of this rank.
+            batch_idx: Not used.
+
+        Raises:
+            ValueError: No label of a continuation is left behind ``model.loss.skip``.
+        """
         step = self.trainer.global_step
         prompt = "ae"
         if self.lm_ratio and sample_seed("lm", str(step), 0) / 2**64 < self.lm_ratio:
@@ -255,6 +283,11 @@ class CompressorModule(EvaluatedModule):
             slot_weight=self.loss_options.slot_weight,
             skip=self.loss_options.skip if prompt == "lm" else 0,
         )
+        if prompt == "lm" and not float(sum_of_ranks(weights.sum())):
+            raise ValueError(
+                f"model.loss.skip={self.loss_options.skip} leaves no label of the continuations of "
+                f"step {step} (model.lm_ratio={self.lm_ratio}): lower it, or use longer texts"
+            )
         total = torch.where(weights != 0, scores.loss, 0.0).mul(weights).sum()
         loss = mean_of_ranks(total, weights.sum())
         penalty, metrics = self.penalties(memory, scores, batch)
@@ -301,7 +334,7 @@ class CompressorModule(EvaluatedModule):
     # ------------------------------------------------------------------ checkpoints and export
 
     def _is_saved(self, name: str) -> bool:
-        if self.lora_options is None or "lora_" in name:
+        if self.saves_all or self.lora_options is None or "lora_" in name:
             return True
         is_decoder = name.startswith("policy.decoder.")
         return not name.startswith("policy.compressor.") and not (
@@ -311,8 +344,7 @@ class CompressorModule(EvaluatedModule):
     def _backbone_files(self) -> dict[str, str]:
         if self._files is None and self.policy is not None:
             files = super()._backbone_files()
-            decoder: Any = self.decoder_options().backbone
-            own = backbone_files(decoder["path"])
+            own = backbone_files(self.decoder_options().backbone_options.path)
             own["config.json"] = self.policy.decoder.config.to_json_string(use_diff=False)
             files |= {f"decoder/{name}": text for name, text in own.items()}
             self._files = files
@@ -334,43 +366,3 @@ class CompressorModule(EvaluatedModule):
 
     def after_load(self, data: Any) -> None:
         """Nothing: the pair holds all that it needs."""
-
-
-def mean_of_ranks(total: Tensor, weight: Tensor) -> Tensor:
-    """Loss whose gradients, averaged over the ranks, are those of the whole batch's weighted mean.
-
-    Args:
-        total: 0-d weighted sum of this rank's labels.
-        weight: 0-d sum of their weights; 0 on all ranks gives 0 with a graph.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return total / weight.clamp_min(torch.finfo(weight.dtype).tiny)
-    joined = weight.detach().clone()
-    dist.all_reduce(joined)
-    return total * dist.get_world_size() / joined.clamp_min(torch.finfo(joined.dtype).tiny)
-
-
-def continuation(batch: CompressionBatch) -> CompressionBatch:
-    """The first half of every text as the source, the second as what is to be written.
-
-    Raises:
-        ValueError: Compressor and decoder have different tokenizers, so that halves differ.
-
-    Args:
-        batch: Whose sources and targets are the same texts.
-    """
-    lengths = batch.source_mask.sum(1)
-    if not torch.equal(lengths, batch.target_mask.sum(1) - 1):
-        raise ValueError("model.lm_ratio above 0 needs one tokenizer for compressor and decoder")
-    half = (lengths + 1) // 2
-    source = torch.arange(batch.source_ids.shape[1], device=half.device)[None] < half[:, None]
-    target = torch.arange(batch.target_ids.shape[1], device=half.device)[None] >= half[:, None]
-    return CompressionBatch(
-        source_ids=batch.source_ids,
-        source_mask=batch.source_mask & source,
-        target_ids=batch.target_ids,
-        target_mask=batch.target_mask & target,
-        slot_mask=batch.slot_mask & target,
-        uids=batch.uids,
-        hidden=batch.hidden & source,
-    )

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from datamodules.context_encoding import CompressionBatch
+from datamodules.engines.base import sample_seed
 from datamodules.tasks.compression import Context, ContextSet
 from lightning_modules.compressor.decoding import greedy_decode
 from lightning_modules.compressor.memory import Memory, controlled
@@ -72,6 +74,37 @@ class Measured:
         self.metrics[arm] = merge(self.metrics.get(arm, {}), metrics)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What measuring a set is about; noise and draws go by ``key`` and the texts' identities."""
+
+    module: Any
+    one: ContextSet
+    key: str
+    is_whole: bool  # each rank may run by itself
+
+    def rows(self, places: Sequence[int]) -> list[Context]:
+        """Places beyond the set start again: what fills up the last batch of a rank."""
+        return [self.one.contexts[place % len(self.one.contexts)] for place in places]
+
+    def batch(self, places: Sequence[int]) -> CompressionBatch:
+        data: Any = self.module.trainer.datamodule
+        batch: CompressionBatch = data.evaluation_batch(self.rows(places))
+        return batch.to(self.module.device)
+
+    def null(self, name: Any, memory: Memory, places: Sequence[int]) -> Memory | None:
+        """The memory of a null model; ``shuffled`` is that of the next text of the set.
+
+        It is compressed anew, so that it depends neither on batch mates nor on the ranks.
+        """
+        if name != "shuffled":
+            return controlled(memory, name)
+        if len(self.one.contexts) < 2:
+            return None
+        found: Memory = self.module.memory_of(self.batch([p + 1 for p in places]), self.key)
+        return found
+
+
 @torch.no_grad()
 def measure_set(module: Any, one: ContextSet, split: str) -> Measured:
     """Measure this rank's rows of a set; ranks run equally many batches.
@@ -89,30 +122,20 @@ def measure_set(module: Any, one: ContextSet, split: str) -> Measured:
     was_training = pair.training
     pair.eval()
     try:
-        with pair.gathered():
+        with pair.gathered() as is_whole:
+            run = _Run(module, one, f"{split}/{one.name}", is_whole)
             for start in range(0, share, data.eval_batch_size):
-                chunk = own[start : start + data.eval_batch_size]
-                rows = [one.contexts[place % len(one.contexts)] for place in chunk]
-                batch = data.evaluation_batch(rows).to(module.device)
-                real = torch.tensor([place < len(one.contexts) for place in chunk])
-                _measure_batch(module, found, one, batch, rows, real, f"{split}/{one.name}")
-                found.places += [p for p in chunk if p < len(one.contexts)]
+                _measure_batch(run, found, own[start : start + data.eval_batch_size])
     finally:
         pair.train(was_training)
         reshard(pair)
     return found
 
 
-def _measure_batch(
-    module: Any,
-    found: Measured,
-    one: ContextSet,
-    batch: CompressionBatch,
-    rows: Sequence[Context],
-    real: Tensor,
-    key: str,
-) -> None:
-    memory = module.memory_of(batch, key)
+def _measure_batch(run: _Run, found: Measured, places: Sequence[int]) -> None:
+    rows, batch = run.rows(places), run.batch(places)
+    real = torch.tensor([place < len(run.one.contexts) for place in places])
+    memory = run.module.memory_of(batch, run.key)
     kept = real.nonzero()[:, 0]
     chosen = memory.select(kept.to(memory.mask.device))
     found.h = _with(found.h, chosen.stacked("hidden"))
@@ -121,18 +144,18 @@ def _measure_batch(
     vectors = chosen.hidden if chosen.embeds is None else chosen.embeds
     found.memory += list(vectors.float().cpu())
     found.contexts += [rows[i] for i in kept.tolist()]
-    values, texts = _measure_memory(module, found, "", memory, batch, rows, real)
+    found.places += [places[i] for i in kept.tolist()]
+    values, texts = _measure_memory(run, found, "", memory, batch, rows, real)
     found.values += [values[i] for i in kept.tolist()]
     found.decoded += [texts[i] for i in kept.tolist()]
-    for name in module.controls:
-        if name == "shuffled" and len(rows) < 2:
-            continue
-        null = controlled(memory, name)
-        _measure_memory(module, found, f"/{name}", null, batch, rows, real)
+    for name in run.module.controls:
+        null = run.null(name, memory, places)
+        if null is not None:
+            _measure_memory(run, found, f"/{name}", null, batch, rows, real)
 
 
 def _measure_memory(
-    module: Any,
+    run: _Run,
     found: Measured,
     arm: str,
     memory: Memory,
@@ -141,26 +164,29 @@ def _measure_memory(
     real: Tensor,
 ) -> tuple[list[Values], list[str]]:
     """Teacher-forced and free-running metrics of one memory; facts and texts of all rows."""
-    pair, task = module.policy, module.trainer.datamodule.task
+    module, pair = run.module, run.module.policy
     live = batch.target_mask.bool() & real.to(batch.target_mask.device)[:, None]
     scores = pair.score(memory, batch.target_ids, batch.target_mask)
     found.add(arm, by_slot("ce", -scores.logprob, live, batch.slot_mask))
     found.add(arm, by_slot("entropy", scores.entropy, live, batch.slot_mask))
     slots = batch.slot_mask.bool() & batch.target_mask.bool()
     counted = [i for i, is_real in enumerate(real.tolist()) if is_real]
-    if bool(slots.any()):
+    if any(context.slots for context in run.one.contexts):  # on all ranks or on none
         logits = pair.logits(memory, batch.target_ids, batch.target_mask, slots)
-        is_real = real.to(slots.device)[slots.nonzero()[:, 0]]
-        found.add(arm, certainty_metrics(logits[is_real], torch.ones(int(is_real.sum()))))
+        own = logits[(slots & live)[slots]]
+        if len(own):
+            found.add(arm, certainty_metrics(own, torch.ones(len(own), device=own.device)))
         if not arm:
             found.entropy_slot.append(scores.entropy[slots & live].float().cpu())
         forced = _read(module, _forced(batch, slots, logits), rows)
         found.add(arm, _fact_metrics(rows, forced, counted, prefix="forced/"))
-    texts = _decode(module, memory, batch)
+    texts = _decode(run, memory, batch)
+    task = module.trainer.datamodule.task
     values = [task.read(row, text) for row, text in zip(rows, texts, strict=True)]
     found.add(arm, _fact_metrics(rows, values, counted))
-    sources = [words(rows[i].text) for i in counted]
-    found.add(arm, drift_metrics(sources, [words(texts[i]) for i in counted]))
+    if counted:
+        sources = [words(rows[i].text) for i in counted]
+        found.add(arm, drift_metrics(sources, [words(texts[i]) for i in counted]))
     return values, texts
 
 
@@ -172,23 +198,30 @@ def _forced(batch: CompressionBatch, slots: Tensor, logits: Tensor) -> list[list
     return [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
 
 
-def _decode(module: Any, memory: Memory, batch: CompressionBatch) -> list[str]:
-    encoding = module.trainer.datamodule.encoding
-    tokenizer = encoding.target_tokenizer
+def _decode(run: _Run, memory: Memory, batch: CompressionBatch) -> list[str]:
+    module = run.module
+    tokenizer = module.trainer.datamodule.encoding.target_tokenizer
     limits = (batch.target_mask.sum(1) + module.extra_tokens).tolist()
-    control = module.entropy_control
-    seeds = list(range(len(limits))) if control.temperature else None
+    temperature = module.entropy_control.temperature
+    key = f"{run.key}/decode"
     decoded = greedy_decode(
         module.policy,
         memory,
         [int(limit) for limit in limits],
         eos_ids=[int(tokenizer.eos_token_id)],
         forbidden=_forbidden(tokenizer),
-        temperature=control.temperature,
-        seeds=seeds,
-        fixed_steps=int(max(limits)) if module.trainer.world_size > 1 else None,
+        temperature=temperature,
+        seeds=[sample_seed(key, uid, 0) for uid in batch.uids] if temperature else None,
+        fixed_steps=None if run.is_whole else _most_of_ranks(int(max(limits)), module.device),
     )
     return [str(tokenizer.decode(ids)) for ids in decoded.texts()]
+
+
+def _most_of_ranks(value: int, device: Any) -> int:
+    """Texts of other ranks may be longer, and sharded weights are gathered step by step."""
+    most = torch.tensor(value, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
 
 
 def _forbidden(tokenizer: Any) -> list[int]:
@@ -238,8 +271,8 @@ def compare_sets(
         split: First part of the tags.
 
     Returns:
-        ``<split>/conflict_gap`` with its paired test and interval, ranks of H and Z, and the sets'
-        rows for figures.
+        ``<split>/<set>/gap`` (usual twin less changed one) with its paired test and interval,
+        ranks of H and Z, and the sets' rows for figures.
     """
     names = list(parts[0])
     joined = {name: _joined([part[name] for part in parts]) for name in names}

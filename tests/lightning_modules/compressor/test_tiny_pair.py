@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from datamodules.contexts import ContextDataModule
 from datamodules.engines.base import sample_seed
+from datamodules.tasks.arithmetic import Arithmetic
 from datamodules.tasks.twin_nouns import TwinNouns
 from lightning_modules.backbones.families import family_of
 from lightning_modules.backbones.tiny_pair import (
@@ -119,6 +120,11 @@ def test_the_config_takes_the_bridge_of_the_run():
     fit = read_options(family.warm_start, found["warm_start"], "backbone.warm_start")
     options = fit.optimizer_of(16, is_decoder=False)
     assert (options.lr, list(options.betas), options.final_fraction) == (4e-3, [0.9, 0.98], 0.05)
+
+
+def test_another_kind_of_task_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"family='pair' needs .* data.task is Arithmetic"):
+        prepare(Arithmetic(), tmp_path)
 
 
 # ---------------------------------------------------------------------- stage 0
