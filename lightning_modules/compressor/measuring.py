@@ -35,7 +35,12 @@ from lightning_modules.functional.sums import Metrics, merge
 from lightning_modules.functional.uncertainty import by_slot, certainty_metrics
 
 Values = Mapping[str, "str | None"]
-FLIPS = {"relation": role_flips, "negation": negation_flips, "number": number_flips}
+#: Kind of fact -> name of its flips in metrics, and what finds them.
+FLIPS = {
+    "relation": ("role_flip", role_flips),
+    "negation": ("negation_flip", negation_flips),
+    "number": ("number_flip", number_flips),
+}
 
 
 @dataclass
@@ -251,8 +256,8 @@ def _fact_metrics(
         own = "" if kind == "attribute" else f"{kind}/"
         found |= {f"{prefix}{own}{name}": value for name, value in outcomes.metrics().items()}
         if kind in FLIPS:
-            flips = FLIPS[kind](source, decoded)
-            metrics = flip_metrics(f"{kind}_flip", flips, outcomes.right)
+            flip, marks = FLIPS[kind]
+            metrics = flip_metrics(flip, marks(source, decoded), outcomes.right)
             found |= {f"{prefix}{name}": value for name, value in metrics.items()}
     return found
 

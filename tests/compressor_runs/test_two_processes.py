@@ -35,10 +35,7 @@ def options_of(case: str, folder: Path) -> list[str]:
     """Options of both runs. The texts have no facts, uneven lengths and several segments."""
     if case == "facts":
         return ["model.loss.slot_weight=3.0", "model.decoder.train=full", "model.bridge_parts=[]"]
-    if case == "continuations":
-        return CONTINUED
-    dropped = [f"~{option.split('=')[0]}" for option in TINY if "data.task" in option]
-    return [*write_texts(folder), *([] if not dropped else [])]
+    return CONTINUED if case == "continuations" else write_texts(folder)
 
 
 @pytest.fixture(scope="module", params=CASES)
