@@ -181,8 +181,9 @@ def test_chunks_do_not_matter(tiny_workspace, dtype, region, sizes):
     whole = run(fused, case, grads)
     tiny_workspace(*sizes)
     cut = run(fused, case, grads)
-    # 2 steps of float32 at the size of the largest logit (about 8); one rounding of gradients
-    step = {name: 2 * 8 * torch.finfo(torch.float32).eps for name in whole}
+    # 3 steps of float32 at the size of the largest logit (about 8), as products of other shapes
+    # round otherwise on other CPUs; one rounding of gradients
+    step = {name: 3 * 8 * torch.finfo(torch.float32).eps for name in whole}
     if dtype == torch.bfloat16:
         step |= {name: torch.finfo(dtype).eps for name in whole if name.startswith("d ")}
     for name, worst in errors(cut, whole).items():
