@@ -193,13 +193,13 @@ def start_bridge(bridge: Bridge, folder: str | Path, parts: Sequence[str], *, fr
     """
     path = Path(folder) / BRIDGE_FILE
     if not path.is_file():
-        raise ValueError(f"model.bridge_start.folder={str(folder)!r} has no {BRIDGE_FILE}")
+        raise ValueError(f"backbone.path={str(folder)!r} has no {BRIDGE_FILE}")
     state, own = load_file(path), dict(bridge.named_parameters())
     problems, chosen = [], {}
     for part in parts:
         names = [name for name in own if f"{name}.".startswith(f"{part}.")]
         if not names:
-            problems.append(f"model.bridge_start.parts={part!r} is no part of {', '.join(own)}")
+            problems.append(f"model.bridge_parts: {part!r} is no part of {', '.join(own)}")
         for name in names:
             found = tuple(state[name].shape) if name in state else None
             if found != tuple(own[name].shape):
