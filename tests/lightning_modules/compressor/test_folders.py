@@ -113,7 +113,7 @@ def test_parts_that_do_not_fit_are_refused(folders, tmp_path):
     with pytest.raises(ValueError, match=r"projector.up.weight is \(48, 6\) here and \(48, 4\)"):
         start_bridge(other.bridge, tmp_path / "out", ["projector.up"], freeze=True)
     with pytest.raises(
-        ValueError, match="parts='up' is no part of tokens, prompts, projector.down"
+        ValueError, match="parts: 'up' is no part of tokens, prompts, projector.down"
     ):
         start_bridge(other.bridge, tmp_path / "out", ["up"], freeze=True)
     with pytest.raises(ValueError, match="has no bridge.safetensors"):
