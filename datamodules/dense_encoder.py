@@ -66,6 +66,12 @@ class DenseEncoder:
         self.digest = self._digest()
 
     @property
+    def bound_encoding(self) -> TextEncoding:
+        """How texts are read, with the tokenizer, which comes with the model."""
+        _ = self._model
+        return self.encoding
+
+    @property
     def width(self) -> int:
         """Dimensions of a vector."""
         return int(self._model.config.get_text_config().hidden_size)

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from datamodules.engines.base import Engine, Sampling
 from datamodules.engines.search import SearchEngine
 from datamodules.retrieval import Retriever
+from datamodules.search_texts import fit_input
 from datamodules.sources import nearest
 from datamodules.tasks.searching import SearchTask
+from datamodules.texts import TextEncoding
+
+
+def input_writer(encoding: TextEncoding) -> Callable[[str, str, Sequence[str]], str]:
+    """Writes a retriever's input from (form, question, queries), within the longest query.
+
+    Args:
+        encoding: Of the retriever, bound to its tokenizer.
+    """
+
+    def count_tokens(text: str) -> int:  # ``encode`` itself would cut what is too long
+        ids = encoding.tokenizer(encoding.render(text, "query"), verbose=False)["input_ids"]
+        return len(ids)
+
+    return partial(fit_input, count_tokens=count_tokens, max_tokens=encoding.max_tokens["query"])
 
 
 @dataclass(frozen=True)

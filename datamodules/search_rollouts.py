@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datamodules.dense_encoder import DenseEncoder
-from datamodules.dense_retrieval import DenseRetriever
+from datamodules.dense_retrieval import DenseRetriever, retriever_from
 from datamodules.index_options import read_index_options
-from datamodules.lexical import LexicalRetriever
-from datamodules.retrieval import Retriever
 from datamodules.rollouts import RolloutDataModule
-from datamodules.search_options import SearchOptions
-from datamodules.search_texts import FORMS, fit_input
+from datamodules.search_options import SearchOptions, input_writer
+from datamodules.search_texts import FORMS
 from datamodules.sources import nearest
 from datamodules.tasks.searching import SearchTask
 from datamodules.texts import TextEncoding
@@ -50,7 +46,6 @@ class SearchRolloutDataModule(RolloutDataModule):
         super().__init__(task=task, **kwargs)
         self.questions, self.retriever, self.encoding = task, dict(retriever), encoding
         self.index, self.search = read_index_options(index), SearchOptions.read(search)
-        self._fit: Any = None  # an encoder reads so many tokens only
         form = self.retriever["input"]
         if form not in FORMS:
             raise ValueError(
@@ -74,19 +69,12 @@ class SearchRolloutDataModule(RolloutDataModule):
             for_training: Whether training follows.
         """
         super().prepare(backbone, cache_dir, task_settings, for_training)
-        retriever = self._retriever(cache_dir)
+        options = {"path": self.retriever.get("path"), "index": self.index}
+        corpus = self.questions.corpus
+        retriever = retriever_from(options, corpus, cache_dir, self.encoding)
+        fit = None  # words have no bound, an encoder reads so many tokens only
+        if isinstance(retriever, DenseRetriever):
+            fit = input_writer(retriever.encoder.bound_encoding)
         self.engine = self.search.engine(
-            self.engine, self.questions, retriever, self.retriever["input"], self._fit
+            self.engine, self.questions, retriever, self.retriever["input"], fit
         )
-
-    def _retriever(self, cache_dir: str | Path) -> Retriever:
-        path = self.retriever.get("path")
-        if not path:
-            return LexicalRetriever(self.questions.corpus)
-        encoder = DenseEncoder(path, self.encoding)
-        self._fit = partial(
-            fit_input,
-            count_tokens=lambda text: len(encoder.encoding.encode([text], "query")[0].ids),
-            max_tokens=self.encoding.max_tokens["query"],
-        )
-        return DenseRetriever(self.questions.corpus, encoder, self.index, cache_dir)

@@ -28,8 +28,8 @@ from datamodules.pair_source import PairSource
 from datamodules.pairs import PairDataModule
 from datamodules.prepared import digest
 from datamodules.retrieval import Retriever
-from datamodules.search_options import SearchOptions
-from datamodules.search_texts import FORMS, fit_input
+from datamodules.search_options import SearchOptions, input_writer
+from datamodules.search_texts import FORMS
 from datamodules.sources import nearest
 from datamodules.tasks.searching import Question
 from datamodules.tasks.utility_pairs import UtilityPairs
@@ -179,11 +179,7 @@ class UtilityDataModule(PairDataModule):
             question: Text.
             queries: Of the trajectory so far, the current one last.
         """
-        room = self.encoding.max_tokens["query"]
-        return fit_input(form, question, queries, self._count_tokens, room)
-
-    def _count_tokens(self, text: str) -> int:
-        return len(self.encoding.encode([text], "query")[0].ids)
+        return input_writer(self.encoding)(form, question, queries)
 
     def _form_now(self) -> str:
         """Of the retriever that is measured: the untrained one reads ``base_input``."""

@@ -48,19 +48,21 @@ class UtilityPairs(EmbeddingTask):
             rows: Of all labelled turns.
             text_of: The retriever's input of a row.
         """
-        corpus = self.search.corpus
-        texts = {uid: corpus[place].encoded_text for uid, place in corpus.places.items()}
         self._rows = [
             UtilityPairRow(
                 uid=row.uid,
                 query=text_of(row),
-                positive=texts[row.positive],
-                negatives=tuple(texts[uid] for uid in row.negatives),
+                positive=self._text(row.positive),
+                negatives=tuple(map(self._text, row.negatives)),
                 scores=row.scores,
-                siblings=tuple(texts[uid] for uid in row.siblings if uid != row.positive),
+                siblings=tuple(self._text(uid) for uid in row.siblings if uid != row.positive),
             )
             for row in rows
         ]
+
+    def _text(self, uid: str) -> str:
+        corpus = self.search.corpus
+        return corpus[corpus.places[uid]].encoded_text
 
     def measured_by(self, evaluator: Callable[[], Any]) -> None:
         """Say who searches in evaluations.

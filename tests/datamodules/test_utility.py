@@ -106,6 +106,7 @@ def test_an_input_that_is_too_long_keeps_its_query(tmp_path: Path, encoder: str)
     data.prepare(encoder, tmp_path / "cache", for_training=False)
     text = data.input_text("question_query", "was " * 60, ["where was born"])
     assert text.endswith("[SEP] where was born")
+    assert len(text.split()) == 24
     assert len(data.encoding.encode([text], "query")[0].ids) <= 24
 
 
