@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from run_tools.checks import nearest
+from run_tools.claim_matched import matched_problems
 from run_tools.claim_scatter_options import scatter_problems
 from run_tools.table import row_and_metric
 
@@ -57,6 +58,7 @@ class ClaimOptions:
         extra: Tags shown once an arm, such as ``test/conf_auc``.
         curves: Tags drawn over the steps, such as ``rollout/reward_mean``.
         scatter: Plots of metrics against each other or against a size; see ``claim_scatter``.
+        matched: Arms where a curve of theirs has come equally far; see ``claim_matched``.
     """
 
     metrics: list[str] | None = None
@@ -66,6 +68,7 @@ class ClaimOptions:
     extra: list[str] = field(default_factory=list)
     curves: list[str] = field(default_factory=list)
     scatter: list[dict[str, Any]] = field(default_factory=list)
+    matched: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def read(cls, folder: Path, arms: Sequence[str]) -> ClaimOptions:
@@ -198,6 +201,8 @@ def _problems(values: Any, arms: Sequence[str], keys: Sequence[str]) -> list[str
             problems += _bad_pairs(value, arms)
         elif key == "scatter":
             problems += scatter_problems(value, arms)
+        elif key == "matched":
+            problems += matched_problems(value, arms)
         elif not _are_texts(value):
             problems.append(f"{key}={value!r} must be a list of texts")
     return problems

@@ -13,6 +13,7 @@ from typing import Any
 
 from run_tools.claim_curves import curve_table, draw_curves, read_curves
 from run_tools.claim_figure import draw_claim
+from run_tools.claim_matched import compare_matched
 from run_tools.claim_options import ClaimOptions, Shown, find_claim, tag_of
 from run_tools.claim_page import Page, Table, print_page
 from run_tools.claim_scatter import draw_scatters
@@ -157,12 +158,16 @@ def report(
     target, image = Path(folder, f"{name}.md"), Path(folder, f"{name}.png")
     _draw(image, name, shown, cells)
     text = source / "README.md"
-    along, lines = _along(name, arms, output_dir, options.curves, Path(folder))
+    folders = _run_folders(name, arms, output_dir)
+    along, lines = _along(name, folders, options.curves, Path(folder))
     plots = draw_scatters(options.scatter, arms, name, Path(folder))
+    equal = compare_matched(options.matched, folders, name, Path(folder), _mean_text)
     page = Page(
         claim=name,
         text=text.read_text(encoding="utf-8") if text.is_file() else "",
-        notes=_notes(arms, planned, Path(output_dir, name), shown, unmeasured) + plots.notes,
+        notes=_notes(arms, planned, Path(output_dir, name), shown, unmeasured)
+        + plots.notes
+        + equal.notes,
         main=_main_table(arms, shown, cells),
         paired=_paired_table(arms, shown),
         extra=_extra_table(arms, shown),
@@ -173,27 +178,34 @@ def report(
         figure=image.name,
         along=along,
         curves=lines.name if lines else "",
-        plots=plots.markdown(),
+        plots="\n\n".join(part for part in (equal.markdown(), plots.markdown()) if part),
     )
     unfinished = target.with_suffix(".unfinished")
     unfinished.write_text(page.markdown(), encoding="utf-8")
     os.replace(unfinished, target)
-    figures = [f"figure: {one}" for one in (image, lines, *plots.images) if one]
+    figures = [f"figure: {one}" for one in (image, lines, *equal.images, *plots.images) if one]
     print_page(f"claim {name}", page, [f"page: {target}", *figures])
     means = {"/".join(part for part in key if part): c.mean for key, c in cells.items()}
     return means | {f"{arm}/seeds": float(len(runs)) for arm, runs in sorted(arms.items())}
 
 
-def _along(
-    claim: str, arms: Arms, output_dir: str | Path, tags: Sequence[str], folder: Path
-) -> tuple[Table, Path | None]:
-    """The table of what happened along the way and its figure, where curves are asked for."""
-    folders = {
+def _run_folders(claim: str, arms: Arms, output_dir: str | Path) -> Mapping[tuple[str, int], Path]:
+    return {
         (arm, seed): path.parent
         for path in sorted(Path(output_dir, claim).glob("*/*/metrics.json"))
         if (arm := path.parent.parent.name) in arms
         for seed in [int(json.loads(path.read_text(encoding="utf-8"))["seed"])]
     }
+
+
+def _mean_text(values: list[float]) -> str:
+    return str(cell(values)) if values else NO_VALUE
+
+
+def _along(
+    claim: str, folders: Mapping[tuple[str, int], Path], tags: Sequence[str], folder: Path
+) -> tuple[Table, Path | None]:
+    """The table of what happened along the way and its figure, where curves are asked for."""
     curves = read_curves(folders, tags) if tags else {}
     found = [tag for tag in tags if any(tag == key[1] for key in curves)]
     if not found:
@@ -201,7 +213,7 @@ def _along(
     image = folder / f"{claim}_curves.png"
     title = f"{claim}: mean over seeds, and lowest to highest"
     draw_curves(image, title, curves, found)
-    return curve_table(curves, found, lambda v: str(cell(v)) if v else NO_VALUE), image
+    return curve_table(curves, found, _mean_text), image
 
 
 def _draw(

@@ -28,6 +28,7 @@ class TinyOptions:
         head_dim: Width of a head.
         max_positions: Longest sequence (tokens).
         tie_embeddings: One matrix for input embeddings and head.
+        init_std: Standard deviation of random weights [Qwen3: 0.02].
     """
 
     hidden_size: int = 64
@@ -38,6 +39,7 @@ class TinyOptions:
     head_dim: int = 16
     max_positions: int = 2048
     tie_embeddings: bool = False
+    init_std: float = 0.02
 
 
 def build_tiny(
@@ -68,6 +70,7 @@ def build_tiny(
         head_dim=options.head_dim,
         max_position_embeddings=options.max_positions,
         tie_word_embeddings=options.tie_embeddings,
+        initializer_range=options.init_std,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,

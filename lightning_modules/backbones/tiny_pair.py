@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from datamodules.context_encoding import CompressionBatch
 from datamodules.contexts import ContextDataModule
 from datamodules.engines.base import sample_seed
-from datamodules.prepared import prepare
+from datamodules.prepared import digest, prepare
 from datamodules.sources import stable_hash
 from datamodules.tasks.compression import (
     CompressionTask,
@@ -50,6 +50,8 @@ from lightning_modules.options import read_options
 
 #: Fresh texts on which a fitted decoder is measured, and the share of them that it must read.
 NUM_CHECKED, ENOUGH = 256, 0.9
+#: First texts of a fit that tell it from others.
+NUM_HASHED = 512
 
 
 class FittingTexts(CompressionTask):
@@ -67,7 +69,7 @@ class FittingTexts(CompressionTask):
     def __init__(self, task: CompressionTask, texts: Texts, count: int, seed: int) -> None:
         self.task, self.name = task, task.name
         self.count, self.seed = count, seed
-        self._write = task.neutral_texts if texts == "neutral" else task.pretraining_texts
+        self._write = _writer(task, texts)
 
     def vocabulary(self) -> list[str] | None:
         """That of the task."""
@@ -110,7 +112,8 @@ def prepare_tiny_pair(
         task: Gives the vocabulary and the texts; a task without a vocabulary gets random models.
         tiny: Shape of both models and of the bridge.
         warm_start: How to fit them; None for not at all.
-        task_settings: Plain values that identify the task.
+        task_settings: Not used: settings of a task that do not change what is fitted, such as
+            ``p_cf``, share one fit; its texts identify it.
         seed: Of weights and texts.
         cache_dir: Where prepared folders live.
         callbacks: Of the Trainers of both stages, such as a progress bar.
@@ -124,9 +127,8 @@ def prepare_tiny_pair(
     """
     shape = read_options(TinyPairOptions, tiny, "backbone.tiny")
     fit = _with_texts(task, _read_warm_start(warm_start), seed)
-    common: dict[str, Any] = {"task_settings": task_settings, "seed": seed}
-    common |= {"cache_dir": cache_dir, "callbacks": callbacks}
-    decoder = prepare_tiny_decoder(task, tiny=shape, warm_start=fit, **common)
+    common: dict[str, Any] = {"seed": seed, "cache_dir": cache_dir, "callbacks": callbacks}
+    decoder = prepare_tiny_decoder(task, tiny=shape, warm_start=fit, task_settings=None, **common)
     stage = WarmStartOptions(
         steps=fit.steps,
         batch_size=fit.batch_size,
@@ -135,7 +137,11 @@ def prepare_tiny_pair(
         optimizer=asdict(fit.optimizer_of(shape.hidden_size, is_decoder=False)),
     )
     compressor = prepare_tiny(
-        task, tiny=shape.compressor, warm_start=stage if stage.steps else None, **common
+        task,
+        tiny=shape.compressor,
+        warm_start=stage if stage.steps else None,
+        task_settings=_identity(task, "prior", seed),
+        **common,
     )
     material = {"format": 1, "compressor": compressor.name, "decoder": decoder.name}
     parts = shape.shared_parts
@@ -158,7 +164,7 @@ def prepare_tiny_decoder(
         task: As in ``prepare_tiny_pair``, and so are all others.
         tiny: The shape of the run's compressor does not matter.
         warm_start: Stage 1 does not matter.
-        task_settings: Of the task.
+        task_settings: Not used.
         seed: Of weights and texts.
         cache_dir: Where prepared folders live.
         callbacks: Of the Trainer.
@@ -173,7 +179,7 @@ def prepare_tiny_decoder(
     material = {
         "format": 1,
         "vocabulary": words,
-        "task": task_settings if is_fitted else task.name,
+        "task": _identity(task, fit.decoder_texts, seed) if is_fitted else task.name,
         "decoder": asdict(shape.decoder),
         "memory": asdict(shape.memory),
         "projector": asdict(shape.projector),
@@ -256,6 +262,18 @@ def _join(folder: Path, compressor: Path, decoder: Path, parts: Sequence[str]) -
     save_file(kept, folder / BRIDGE_FILE)
 
 
+def _identity(task: CompressionTask, texts: Texts, seed: int) -> dict[str, str]:
+    """What tells the texts of one fit from those of another."""
+    return {
+        "name": task.name,
+        "texts": digest({"texts": _writer(task, texts)(seed, 0, NUM_HASHED)}),
+    }
+
+
+def _writer(task: CompressionTask, texts: Texts) -> Callable[[int, int, int], list[str]]:
+    return task.neutral_texts if texts == "neutral" else task.pretraining_texts
+
+
 def _read_warm_start(values: Mapping[str, Any] | PairWarmStart | None) -> PairWarmStart:
     given = {"steps": 0, "decoder_steps": 0} if values is None else values
     return read_options(PairWarmStart, given, "backbone.warm_start")
@@ -274,11 +292,10 @@ def _with_texts(task: CompressionTask, fit: PairWarmStart, seed: int) -> PairWar
         )
     if task.vocabulary() is None:
         return replace(fit, steps=0, decoder_steps=0)
-    kinds = {"steps": "prior", "decoder_steps": fit.decoder_texts}
+    kinds: dict[str, Texts] = {"steps": "prior", "decoder_steps": fit.decoder_texts}
     left_out: dict[str, Any] = {}
     for name, kind in kinds.items():
-        write = task.neutral_texts if kind == "neutral" else task.pretraining_texts
-        if getattr(fit, name) and not write(seed, 0, 1):
+        if getattr(fit, name) and not _writer(task, kind)(seed, 0, 1):
             left_out[name] = 0
             warnings.warn(
                 f"task '{task.name}' has no {kind} texts: backbone.warm_start.{name}="

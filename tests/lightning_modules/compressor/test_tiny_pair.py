@@ -202,6 +202,21 @@ def test_widths_share_one_decoder_and_its_bridge(cache, narrow):
     assert prepare(small_world(), cache, warm_start=FIT, hidden_size=16) == narrow
 
 
+def test_settings_that_change_no_text_of_the_fits_share_them(cache, narrow):
+    def pair_of(task):
+        return prepare(task, cache, warm_start=FIT, hidden_size=16)
+
+    assert pair_of(small_world(p_cf=0.5, num_train=640, num_test=16)) == narrow
+    other = {"num_first": 4, "num_second": 3, "num_colours": 4, "num_held_out": 2}
+    before = _made(cache)
+    prepare(TwinNouns(**other), cache, warm_start={"steps": 2, "decoder_steps": 2})
+    assert len(_made(cache)) == len(before) + 3  # decoder, compressor, pair
+
+
+def _made(cache):
+    return {path.name for path in cache.iterdir() if path.is_dir()}
+
+
 def test_a_run_starts_from_the_folder(narrow):
     parts = TinyPairOptions().shared_parts
     module = CompressorModule(
