@@ -37,6 +37,7 @@ from datamodules.context_encoding import CompressionBatch
 from datamodules.engines.base import sample_seed
 from datamodules.loader import Rows, gather_objects
 from lightning_modules.backbones.export import backbone_files
+from lightning_modules.compressor.comparing import compare_sets
 from lightning_modules.compressor.folders import DecoderOptions, build_pair, export_pair
 from lightning_modules.compressor.interventions import (
     erank_shortfall,
@@ -45,7 +46,7 @@ from lightning_modules.compressor.interventions import (
     token_weights,
     whitening,
 )
-from lightning_modules.compressor.measuring import Measured, compare_sets, measure_set
+from lightning_modules.compressor.measuring import Measured, measure_set
 from lightning_modules.compressor.memory import Memory
 from lightning_modules.compressor.options import (
     EntropyControl,
@@ -55,6 +56,7 @@ from lightning_modules.compressor.options import (
     RankControl,
 )
 from lightning_modules.compressor.pair import Pair, TokenScores
+from lightning_modules.compressor.predicting import predict_set
 from lightning_modules.compressor.projector import BRIDGE_FILE, start_bridge
 from lightning_modules.compressor.training import continuation, mean_of_ranks, sum_of_ranks
 from lightning_modules.evaluation import EvaluatedModule
@@ -330,6 +332,16 @@ class CompressorModule(EvaluatedModule):
             return values
         more, self.outcomes = compare_sets(parts, values, split)
         return values | more
+
+    def predict_step(self, batch: Rows, batch_idx: int) -> list[dict[str, Any]]:
+        """This rank's texts of sets as the decoder writes them, see ``predict_set``.
+
+        Args:
+            batch: ``ContextSet`` each.
+            batch_idx: Not used.
+        """
+        rows = zip(batch.items, batch.counted, strict=True)
+        return [record for one, counts in rows if counts for record in predict_set(self, one)]
 
     # ------------------------------------------------------------------ checkpoints and export
 

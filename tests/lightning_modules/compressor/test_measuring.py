@@ -13,7 +13,8 @@ from datamodules.tasks.compression import Context, ContextSet, Slot
 from datamodules.tasks.twin_nouns import TwinNouns
 from lightning_modules.backbones.tiny_pair import prepare_tiny_pair
 from lightning_modules.compressor.base import CompressorModule
-from lightning_modules.compressor.measuring import Measured, compare_sets, measure_set
+from lightning_modules.compressor.comparing import compare_sets
+from lightning_modules.compressor.measuring import Measured, measure_set
 from lightning_modules.functional.effective_rank import scatter
 
 # ---------------------------------------------------------------------- by hand
