@@ -7,24 +7,40 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from lightning_modules.compressor.measuring import Measured
-from lightning_modules.functional.effective_rank import rank_scalars
+from lightning_modules.functional.effective_rank import (
+    effective_rank,
+    rank_scalars,
+    sample_spectra,
+)
+from lightning_modules.functional.fidelity import net_overwriting
+from lightning_modules.functional.fidelity_pictures import pair_cosines, paired_sets
+from lightning_modules.functional.fidelity_text import corpus_bleu
 from lightning_modules.functional.outcomes import SetOutcome
 from lightning_modules.functional.paired_tests import mcnemar, paired_bootstrap
+from lightning_modules.functional.sums import Metrics
+
+#: Texts of a set whose memories have a spectrum each: the card's size of a set (section 4).
+NUM_SPECTRA = 512
+#: Tag -> number of ``PairCosines``.
+COSINES = {
+    "pair_cosine": "twins",
+    "pair_cosine_overwritten": "twins_pulled",
+    "pair_cosine_kept": "twins_kept",
+}
 
 
 def compare_sets(
-    parts: Sequence[Mapping[str, Measured]], values: Mapping[str, float], split: str
+    parts: Sequence[Mapping[str, Measured]], split: str
 ) -> tuple[dict[str, float], dict[str, SetOutcome]]:
     """What compares rows and sets, of all ranks.
 
     Args:
         parts: Of each rank, set -> what it measured.
-        values: Means that are there already, by tag.
         split: First part of the tags.
 
     Returns:
         ``<split>/<set>/gap`` (usual twin less changed one) with its paired test and interval,
-        ranks of H and Z, and the sets' rows for figures.
+        ranks of H and Z, cosines of minimal pairs, and the sets' rows for figures.
     """
     names = list(parts[0])
     joined = {name: _joined([part[name] for part in parts]) for name in names}
@@ -37,13 +53,45 @@ def compare_sets(
                 found |= {f"{split}/{name}/rank_{what}/{k}": v for k, v in scalars.items()}
         if pc is not None and name != "pc":
             found |= _paired(split, name, pc, one)
-    for name in names:
-        null, own = (
-            values.get(f"{split}/{name}{arm}/knowledge_overwriting") for arm in ("/shuffled", "")
-        )
-        if null is not None and own is not None:
-            found[f"{split}/{name}/net_overwriting"] = own - null
-    return found, {name: _outcome(name, one, pc) for name, one in joined.items()}
+    outcomes = {name: _outcome(name, one, pc) for name, one in joined.items()}
+    for name, outcome in outcomes.items():
+        if outcome.memory.numel():
+            what = "h" if joined[name].z is None else "z"
+            sigma = sample_spectra(outcome.memory[:NUM_SPECTRA])
+            found[f"{split}/{name}/rank_{what}/sample_erank"] = float(effective_rank(sigma).mean())
+    for outcome, usual in paired_sets(outcomes):
+        numbers = pair_cosines(outcome, usual, count=1).numbers
+        for tag, number in COSINES.items():
+            if number in numbers:
+                found[f"{split}/{outcome.name}/{tag}"] = numbers[number]
+    return found, outcomes
+
+
+def rates_of_sets(merged: Metrics) -> dict[str, float]:
+    """What is made of the sums of a whole set, and is no mean over its rows.
+
+    Args:
+        merged: Tag -> (sum, count), of all batches and ranks.
+
+    Returns:
+        ``corpus_bleu`` of every set and null model, ``net_overwriting`` of sets that were also
+        decoded from shuffled memories.
+    """
+    found = {}
+    bleu, overwriting = "/length_ratio", "knowledge_overwriting"
+    for tag, value in merged.items():
+        if tag.endswith(bleu):
+            arm = tag.removesuffix(bleu)
+            own = {
+                k.removeprefix(f"{arm}/"): v for k, v in merged.items() if k.startswith(f"{arm}/")
+            }
+            found[f"{arm}/corpus_bleu"] = corpus_bleu(own)
+        elif tag.endswith(f"/shuffled/{overwriting}"):
+            name = tag.removesuffix(f"/shuffled/{overwriting}")
+            own = {overwriting: merged[f"{name}/{overwriting}"]}
+            if (net := net_overwriting(own, {overwriting: value})) is not None:
+                found[f"{name}/net_overwriting"] = net
+    return found
 
 
 def _joined(parts: Sequence[Measured]) -> Measured:

@@ -6,7 +6,7 @@ compares rows or sets is in ``comparing``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,9 +28,14 @@ from lightning_modules.functional.fidelity import (
     role_flips,
     slot_outcomes,
 )
-from lightning_modules.functional.fidelity_text import drift_metrics, words
+from lightning_modules.functional.fidelity_text import (
+    drift_metrics,
+    rouge_l,
+    semantic_drift_index,
+    words,
+)
 from lightning_modules.functional.states import reshard
-from lightning_modules.functional.sums import Metrics, merge
+from lightning_modules.functional.sums import Metrics, masked_sum_count, merge
 from lightning_modules.functional.uncertainty import by_slot, certainty_metrics
 
 Values = Mapping[str, "str | None"]
@@ -79,7 +84,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class SetRun:
+class _Run:
     """What runs on a set; noise and draws go by ``key`` and the texts' identities.
 
     Args:
@@ -127,7 +132,7 @@ class SetRun:
 
 
 @contextmanager
-def set_run(module: Any, one: ContextSet, split: str) -> Iterator[SetRun]:
+def set_run(module: Any, one: ContextSet, split: str) -> Iterator[_Run]:
     """Inside the block the pair is in evaluation mode, without gradients, whole where that fits.
 
     Args:
@@ -140,7 +145,7 @@ def set_run(module: Any, one: ContextSet, split: str) -> Iterator[SetRun]:
     pair.eval()
     try:
         with torch.no_grad(), pair.gathered() as is_whole:
-            yield SetRun(module, one, f"{split}/{one.name}", is_whole)
+            yield _Run(module, one, f"{split}/{one.name}", is_whole)
     finally:
         pair.train(was_training)
         reshard(pair)
@@ -161,7 +166,7 @@ def measure_set(module: Any, one: ContextSet, split: str) -> Measured:
     return found
 
 
-def _measure_batch(run: SetRun, found: Measured, places: Sequence[int]) -> None:
+def _measure_batch(run: _Run, found: Measured, places: Sequence[int]) -> None:
     rows, batch = run.rows(places), run.batch(places)
     real = torch.tensor([place < len(run.one.contexts) for place in places])
     memory = run.module.memory_of(batch, run.key)
@@ -184,7 +189,7 @@ def _measure_batch(run: SetRun, found: Measured, places: Sequence[int]) -> None:
 
 
 def _measure_memory(
-    run: SetRun,
+    run: _Run,
     found: Measured,
     arm: str,
     memory: Memory,
@@ -216,6 +221,9 @@ def _measure_memory(
     if counted:
         sources = [words(rows[i].text) for i in counted]
         found.add(arm, drift_metrics(sources, [words(texts[i]) for i in counted]))
+    if counted and module.embedder is not None:
+        pairs = [(rows[i].text, texts[i]) for i in counted]
+        found.add(arm, semantic_drift(module.embedder, pairs))
     return values, texts
 
 
@@ -227,7 +235,7 @@ def _forced(batch: CompressionBatch, slots: Tensor, logits: Tensor) -> list[list
     return [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
 
 
-def decode_texts(run: SetRun, memory: Memory, batch: CompressionBatch) -> list[str]:
+def decode_texts(run: _Run, memory: Memory, batch: CompressionBatch) -> list[str]:
     """What the decoder writes on its own from the memory of a batch.
 
     Args:
@@ -291,6 +299,24 @@ def _fact_metrics(
             metrics = flip_metrics(flip, marks(source, decoded), outcomes.right)
             found |= {f"{prefix}{name}": value for name, value in metrics.items()}
     return found
+
+
+def semantic_drift(
+    embed: Callable[[Sequence[str]], Tensor], pairs: Sequence[tuple[str, str]]
+) -> Metrics:
+    """Mean of ``semantic_drift_index`` over some texts.
+
+    Args:
+        embed: Texts to unit vectors ``(N, D)``, see ``grm.embedders``.
+        pairs: N sources and what was decoded from each.
+    """
+    # a blank, for some tokenizers make no token at all of an empty text
+    one, two = (
+        embed([text.strip() or " " for text in texts]) for texts in zip(*pairs, strict=True)
+    )
+    overlaps = [rouge_l(words(source), words(text)) for source, text in pairs]
+    drift = semantic_drift_index((one * two).sum(1), torch.tensor(overlaps, dtype=torch.float64))
+    return {"semantic_drift_index": masked_sum_count(drift)}
 
 
 def _with(known: Scatter | None, vectors: Tensor) -> Scatter:
