@@ -56,6 +56,7 @@ from lightning_modules.compressor.options import (
 from lightning_modules.compressor.pair import Pair, TokenScores
 from lightning_modules.compressor.predicting import predict_set
 from lightning_modules.compressor.projector import continue_bridge
+from lightning_modules.compressor.sizes import pair_sizes
 from lightning_modules.compressor.training import continuation, mean_of_ranks, sum_of_ranks
 from lightning_modules.evaluation import EvaluatedModule
 from lightning_modules.functional.sums import Metrics
@@ -313,8 +314,10 @@ class CompressorModule(EvaluatedModule):
         return found
 
     def finish_evaluation(self, split: str) -> dict[str, float]:
-        """Means over all ranks, and what compares sets: gaps, paired tests, ranks."""
+        """Means over all ranks, what compares sets (gaps, paired tests, ranks), sizes in a test."""
         values = super().finish_evaluation(split)
+        if split == "test":
+            values |= pair_sizes(self.policy)
         parts = gather_objects(self._measured)
         self._measured = {}
         if not parts[0]:

@@ -140,7 +140,7 @@ def test_tensorboard_of_a_run(finished: Path) -> None:
     reader, metrics = board(finished), json.loads((finished / "metrics.json").read_text())
     tags = reader.Tags()
     prefixes = {tag.split("/")[0] for tag in tags["scalars"] if "/" in tag}
-    assert prefixes == {"train", "perf", "val", "test", "time", "mem"}
+    assert prefixes == {"train", "perf", "val", "test", "time", "mem", "size"}
     for tag in ("train/loss", "train/ce_slot", "train/hidden", "train/lr", "perf/tokens_per_s"):
         assert [step for step, _ in scalars(reader, tag)] == [1, 2], tag
     for tag in tags["scalars"]:
