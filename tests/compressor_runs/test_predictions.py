@@ -75,6 +75,13 @@ def test_records_add_up_to_the_test(
     assert all(row["exact"] for row in sets["pc"])
 
 
+def test_a_random_decoder_is_not_frozen_by_default(make_config: Make, tmp_path: Path) -> None:
+    own = [one for one in TINY if not one.startswith("data.task")]
+    texts = [one for one in write_texts(tmp_path) if "decoder_steps" not in one]
+    with pytest.raises(ValueError, match=r"model.decoder.train=full model.bridge_parts=\[\]"):
+        train.run(make_config(*own, *texts))
+
+
 def test_texts_of_a_file_are_predicted_in_its_order(make_config: Make, tmp_path: Path) -> None:
     texts = write_texts(tmp_path)
     own = [one for one in TINY if not one.startswith("data.task")]
