@@ -29,8 +29,8 @@ from lightning_modules.functional.fidelity_pictures import (
     confusions,
     memory_spectrum,
     pair_cosines,
+    paired_sets,
 )
-from lightning_modules.functional.outcomes import TWIN_SET
 from run_tools.claim_figure import COLOURS, figure_file, name_arms
 
 KEY = "callbacks.fidelity_figures"
@@ -264,12 +264,7 @@ def _frame(panel: Any, row: int, column: int) -> None:
 
 
 def _pairs(outcomes: Outcomes, count: int) -> Iterator[Picture]:
-    usual = outcomes.get(TWIN_SET)
-    for name, one in outcomes.items():
-        if usual is None or not (max(one.twins, default=-1) >= 0 and name != TWIN_SET):
-            continue
-        if not one.memory.numel() or one.memory.shape[1:] != usual.memory.shape[1:]:
-            continue
+    for one, usual in paired_sets(outcomes):
         found = pair_cosines(one, usual, count=count)
 
         def draw(figure: Any, matrix: torch.Tensor = found.matrix,
@@ -282,7 +277,7 @@ def _pairs(outcomes: Outcomes, count: int) -> Iterator[Picture]:
 
         title = f"Cosines of centred memories, halves of a pair side by side\n{found.diagnosis()}\n"
         side = 3.2 + 0.13 * len(found.labels)
-        yield Picture(f"pairs_{quote(name, safe='')}", title, (side + 1.6, side), draw)
+        yield Picture(f"pairs_{quote(one.name, safe='')}", title, (side + 1.6, side), draw)
 
 
 def _entropies(outcomes: Outcomes) -> Iterator[Picture]:

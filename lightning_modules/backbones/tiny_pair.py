@@ -15,6 +15,7 @@ Stage 0 does not know the run's compressor, so a sweep of widths has one decoder
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +44,7 @@ from lightning_modules.backbones.tiny import build_tiny
 from lightning_modules.backbones.tiny_pair_options import PairWarmStart as PairWarmStart
 from lightning_modules.backbones.tiny_pair_options import Texts
 from lightning_modules.backbones.tiny_pair_options import TinyPairOptions as TinyPairOptions
-from lightning_modules.compressor.folders import OPTIONS_FILE, export_pair
+from lightning_modules.compressor.folders import OPTIONS_FILE, UNFITTED, export_pair
 from lightning_modules.compressor.pair import Pair
 from lightning_modules.compressor.projector import BRIDGE_FILE
 from lightning_modules.options import read_options
@@ -126,7 +127,8 @@ def prepare_tiny_pair(
         ValueError: An option is not allowed, or the task has no texts to compress.
     """
     shape = read_options(TinyPairOptions, tiny, "backbone.tiny")
-    fit = _with_texts(task, _read_warm_start(warm_start), seed)
+    asked = _read_warm_start(warm_start)
+    fit = _with_texts(task, asked, seed)
     common: dict[str, Any] = {"seed": seed, "cache_dir": cache_dir, "callbacks": callbacks}
     decoder = prepare_tiny_decoder(task, tiny=shape, warm_start=fit, task_settings=None, **common)
     stage = WarmStartOptions(
@@ -143,9 +145,18 @@ def prepare_tiny_pair(
         task_settings=_identity(task, "prior", seed),
         **common,
     )
-    material = {"format": 1, "compressor": compressor.name, "decoder": decoder.name}
-    parts = shape.shared_parts
-    return prepare(cache_dir, "pair", material, lambda at: _join(at, compressor, decoder, parts))
+    material: dict[str, Any] = {"format": 1}
+    material |= {"compressor": compressor.name, "decoder": decoder.name}
+    if is_left_out := bool(asked.decoder_steps) and not fit.decoder_steps:
+        material[UNFITTED] = task.name
+
+    def build(folder: Path) -> None:
+        _join(folder, compressor, decoder, shape.shared_parts)
+        if is_left_out:
+            info = json.loads((folder / "litpost.json").read_text()) | {UNFITTED: task.name}
+            (folder / "litpost.json").write_text(json.dumps(info, indent=1) + "\n")
+
+    return prepare(cache_dir, "pair", material, build)
 
 
 def prepare_tiny_decoder(

@@ -29,14 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
-from safetensors.torch import load_file
 from torch import Tensor
 
 from datamodules.context_encoding import CompressionBatch
 from datamodules.engines.base import sample_seed
 from datamodules.loader import Rows, gather_objects
 from lightning_modules.backbones.export import backbone_files
+from lightning_modules.compressor.comparing import compare_sets, rates_of_sets
 from lightning_modules.compressor.folders import DecoderOptions, build_pair, export_pair
 from lightning_modules.compressor.interventions import (
     erank_shortfall,
@@ -45,7 +44,7 @@ from lightning_modules.compressor.interventions import (
     token_weights,
     whitening,
 )
-from lightning_modules.compressor.measuring import Measured, compare_sets, measure_set
+from lightning_modules.compressor.measuring import Measured, measure_set
 from lightning_modules.compressor.memory import Memory
 from lightning_modules.compressor.options import (
     EntropyControl,
@@ -55,11 +54,14 @@ from lightning_modules.compressor.options import (
     RankControl,
 )
 from lightning_modules.compressor.pair import Pair, TokenScores
-from lightning_modules.compressor.projector import BRIDGE_FILE, start_bridge
+from lightning_modules.compressor.predicting import predict_set
+from lightning_modules.compressor.projector import continue_bridge
+from lightning_modules.compressor.sizes import pair_sizes
 from lightning_modules.compressor.training import continuation, mean_of_ranks, sum_of_ranks
 from lightning_modules.evaluation import EvaluatedModule
 from lightning_modules.functional.sums import Metrics
 from lightning_modules.functional.uncertainty import by_slot
+from lightning_modules.grm.embedders import EncoderEmbedder, build_embedder
 from lightning_modules.options import read_options
 
 CONTROLS = ("shuffled", "zero")
@@ -82,6 +84,8 @@ class CompressorModule(EvaluatedModule):
             and ``zero`` (none).
         bridge_parts: Parts of the bridge that start as the backbone's folder has them, such as
             ``projector.up``, and stay so [card, second trial]; [] for none.
+        embedder: Of ``semantic_drift_index``: ``hashed``, ``minilm``, a folder or hub name of an
+            encoder; None measures none.
         extra_tokens: A decode may be this much longer than its source (card, section 3: 8).
         **kwargs: Of ``BaseModule``.
 
@@ -101,6 +105,7 @@ class CompressorModule(EvaluatedModule):
         lm_ratio: float = 0.0,
         controls: Sequence[str] = CONTROLS,
         bridge_parts: Sequence[str] = (),
+        embedder: str | None = None,
         extra_tokens: int = 8,
         **kwargs: Any,
     ) -> None:
@@ -120,8 +125,11 @@ class CompressorModule(EvaluatedModule):
             problems.append(f"model.extra_tokens={extra_tokens} must be 0 or more")
         if odd := [name for name in controls if name not in CONTROLS]:
             problems.append(f"model.controls has {odd[0]!r}; there are {', '.join(CONTROLS)}")
+        if embedder == "policy":
+            problems.append("model.embedder=policy: give one of hashed, minilm, a folder, null")
         if problems:
             raise ValueError("; ".join(problems))
+        self.embedder = None if embedder is None else build_embedder(embedder)
         self.lm_ratio, self.controls = lm_ratio, tuple(controls)
         self.bridge_parts, self.extra_tokens = list(bridge_parts), extra_tokens
         #: Set -> what the last evaluation found there, on rank 0 of all rows; figures read it.
@@ -136,6 +144,8 @@ class CompressorModule(EvaluatedModule):
         Raises:
             ValueError: There is no decoder, or the parts do not fit together.
         """
+        if isinstance(self.embedder, EncoderEmbedder):
+            self.embedder.load()  # a misspelt name is found before anything is trained
         self.policy = build_pair(
             self.backbone_options,
             self.decoder_options(),
@@ -144,7 +154,7 @@ class CompressorModule(EvaluatedModule):
             lora=self.lora_options,
             kernel=self.kernel_options,
         )
-        self._start_bridge(self.policy)
+        continue_bridge(self.policy.bridge, self.backbone_options, self.bridge_parts)
 
     def configure_model(self) -> None:
         """As usual; a sharded pair gathers its weights in every method that runs them."""
@@ -175,24 +185,6 @@ class CompressorModule(EvaluatedModule):
         values = {**own, "path": path, "random_init": own["random_init"] and is_beside}
         values["revision"] = own["revision"] if is_beside or path == own["path"] else None
         return read_options(DecoderOptions, {**given, "backbone": values}, "model.decoder")
-
-    def _start_bridge(self, pair: Pair) -> None:
-        """All of it from an exported pair of the same shape, else the named parts."""
-        folder = Path(self.backbone_options.path)
-        if self.backbone_options.random_init:
-            return  # the checkpoint brings it; its folder holds no weights
-        file = folder / BRIDGE_FILE
-        state = load_file(file) if file.is_file() else {}
-        own = {name: tuple(value.shape) for name, value in pair.bridge.state_dict().items()}
-        if state and own == {name: tuple(value.shape) for name, value in state.items()}:
-            pair.bridge.load_state_dict(state)
-        elif "tokens" in state:
-            rank_zero_warn(
-                f"{file} is of another shape than model.memory and model.projector: memory tokens "
-                f"and projector start anew, but for model.bridge_parts={self.bridge_parts}"
-            )
-        if self.bridge_parts:
-            start_bridge(pair.bridge, folder, self.bridge_parts, freeze=True)
 
     # ------------------------------------------------------------------ training
 
@@ -322,14 +314,34 @@ class CompressorModule(EvaluatedModule):
         return found
 
     def finish_evaluation(self, split: str) -> dict[str, float]:
-        """Means over all ranks, and what compares sets: gaps, paired tests, ranks."""
+        """Means over all ranks, what compares sets (gaps, paired tests, ranks), sizes in a test."""
         values = super().finish_evaluation(split)
+        if split == "test":
+            values |= pair_sizes(self.policy)
         parts = gather_objects(self._measured)
         self._measured = {}
         if not parts[0]:
             return values
-        more, self.outcomes = compare_sets(parts, values, split)
+        more, self.outcomes = compare_sets(parts, split)
         return values | more
+
+    def composites(self, merged: Metrics) -> dict[str, float]:
+        """BLEU of whole sets, and overwriting beyond that of another text's memory.
+
+        Args:
+            merged: Tag -> (sum, count) of all ranks.
+        """
+        return rates_of_sets(merged)
+
+    def predict_step(self, batch: Rows, batch_idx: int) -> list[dict[str, Any]]:
+        """This rank's texts of sets as the decoder writes them, see ``predict_set``.
+
+        Args:
+            batch: ``ContextSet`` each.
+            batch_idx: Not used.
+        """
+        rows = zip(batch.items, batch.counted, strict=True)
+        return [record for one, counts in rows if counts for record in predict_set(self, one)]
 
     # ------------------------------------------------------------------ checkpoints and export
 

@@ -34,6 +34,8 @@ from lightning_modules.compressor.projector import BRIDGE_FILE
 from lightning_modules.options import BackboneOptions, KernelOptions, LoraOptions, read_options
 
 OPTIONS_FILE = "bridge.json"
+#: In ``litpost.json`` of a tiny pair: the task that has no texts to fit its decoder to.
+UNFITTED = "decoder_without_texts"
 
 
 @dataclass
@@ -101,8 +103,11 @@ def build_pair(
         kernel: Of the decoder's fused head.
 
     Raises:
-        ValueError: A folder is no causal LM, or the two do not fit together.
+        ValueError: A folder is no causal LM, the two do not fit together, or a tiny decoder is to
+            be frozen that is random without having been asked for
+            (``backbone.warm_start.decoder_steps=0``).
     """
+    _refuse_unfitted(decoder)
     return Pair(
         load_causal_lm(backbone, lora),
         load_causal_lm(decoder.backbone_options, decoder.lora_options, kernel=kernel),
@@ -184,6 +189,22 @@ def load_pair(
             f"{path / BRIDGE_FILE} does not fit {path / OPTIONS_FILE}: {lines}"
         ) from error
     return pair.eval()
+
+
+def _refuse_unfitted(decoder: DecoderOptions) -> None:
+    """Refuse to freeze a decoder that stayed random only because its task has no texts for it."""
+    options = decoder.backbone_options
+    file = Path(options.path).with_name("litpost.json")
+    if decoder.train != "frozen" or options.random_init or not file.is_file():
+        return
+    if task := json.loads(file.read_text(encoding="utf-8")).get(UNFITTED):
+        raise ValueError(
+            f"model.decoder.train=frozen would leave the tiny decoder random: task '{task}' has no "
+            f"texts to fit it to before the run. Train it with the compressor "
+            f"(model.decoder.train=full model.bridge_parts=[]), name a decoder that can read "
+            f"(model.decoder.backbone), or ask for a random one (backbone.warm_start.decoder_steps"
+            f"=0)"
+        )
 
 
 def _options(pair: Pair) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Losses and penalties of the pair as pure functions: which tokens count, rank, entropy, twins.
+"""Losses and penalties of the pair as pure functions: which tokens count, rank, entropy.
 
 Memory vectors are stacked as ``(S, d)``, real ones only (``Memory.stacked``).
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 
 def token_weights(
@@ -123,32 +122,6 @@ def erank_shortfall(vectors: Tensor, floor: float) -> Tensor:
         floor: At least 1; above ``min(S, d)`` it cannot be met.
     """
     return (1.0 - effective_rank(vectors) / floor).clamp_min(0.0)
-
-
-def twin_contrast(
-    anchors: Tensor, positives: Tensor, twins: Tensor, temperature: float = 0.1
-) -> Tensor:
-    """Copy verification: a memory must be nearer to its own text than to the minimal pair's.
-
-    InfoNCE over cosines of flattened memories: memory ``i`` must find ``positives[i]`` (the same
-    text, compressed in another way: masked, or with other noise) among all positives of the batch
-    and its own twin [our choice; card, section 6].
-
-    Args:
-        anchors: ``(P, m, d)`` memories.
-        positives: ``(P, m, d)`` of the same texts.
-        twins: ``(P, m, d)`` of texts that differ in one fact.
-        temperature: Of the softmax.
-
-    Returns:
-        Mean over the P pairs; below ``log(P + 1)`` where texts are told apart.
-    """
-    first, second, third = (
-        functional.normalize(_wide(part.flatten(1)), dim=1) for part in (anchors, positives, twins)
-    )
-    hard = (first * third).sum(1, keepdim=True)
-    scores = torch.cat([first @ second.T, hard], 1) / temperature
-    return functional.cross_entropy(scores, torch.arange(len(first), device=scores.device))
 
 
 def _covariance(vectors: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """What an evaluation set says of a pair: teacher-forced, free-running, and with null memories.
 
 Each rank measures its share of a set's rows; sums and counts are added by the module, what
-compares rows or sets (paired tests, gaps, ranks of the memory) once all rows are together.
+compares rows or sets is in ``comparing``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from datamodules.engines.base import sample_seed
 from datamodules.tasks.compression import Context, ContextSet
 from lightning_modules.compressor.decoding import greedy_decode
 from lightning_modules.compressor.memory import Memory, controlled
-from lightning_modules.functional.effective_rank import Scatter, rank_scalars, scatter
+from lightning_modules.functional.effective_rank import Scatter, scatter
 from lightning_modules.functional.fidelity import (
     flip_metrics,
     negation_flips,
@@ -27,11 +28,14 @@ from lightning_modules.functional.fidelity import (
     role_flips,
     slot_outcomes,
 )
-from lightning_modules.functional.fidelity_text import drift_metrics, words
-from lightning_modules.functional.outcomes import SetOutcome
-from lightning_modules.functional.paired_tests import mcnemar, paired_bootstrap
+from lightning_modules.functional.fidelity_text import (
+    drift_metrics,
+    rouge_l,
+    semantic_drift_index,
+    words,
+)
 from lightning_modules.functional.states import reshard
-from lightning_modules.functional.sums import Metrics, merge
+from lightning_modules.functional.sums import Metrics, masked_sum_count, merge
 from lightning_modules.functional.uncertainty import by_slot, certainty_metrics
 
 Values = Mapping[str, "str | None"]
@@ -81,18 +85,35 @@ class Measured:
 
 @dataclass(frozen=True)
 class _Run:
-    """What measuring a set is about; noise and draws go by ``key`` and the texts' identities."""
+    """What runs on a set; noise and draws go by ``key`` and the texts' identities.
+
+    Args:
+        module: A ``CompressorModule`` with a trainer.
+        one: The set.
+        key: Of the noise.
+        is_whole: Each rank may run by itself.
+    """
 
     module: Any
     one: ContextSet
     key: str
-    is_whole: bool  # each rank may run by itself
+    is_whole: bool
+
+    def batches(self) -> Iterator[list[int]]:
+        """Places of this rank's rows; ranks get equally many batches, see ``rows``."""
+        trainer = self.module.trainer
+        world, size = trainer.world_size, trainer.datamodule.eval_batch_size
+        share = -(-len(self.one.contexts) // world)
+        own = list(range(trainer.global_rank, share * world, world))
+        for start in range(0, share, size):
+            yield own[start : start + size]
 
     def rows(self, places: Sequence[int]) -> list[Context]:
         """Places beyond the set start again: what fills up the last batch of a rank."""
         return [self.one.contexts[place % len(self.one.contexts)] for place in places]
 
     def batch(self, places: Sequence[int]) -> CompressionBatch:
+        """The rows at these places as tensors on the device."""
         data: Any = self.module.trainer.datamodule
         batch: CompressionBatch = data.evaluation_batch(self.rows(places))
         return batch.to(self.module.device)
@@ -110,7 +131,26 @@ class _Run:
         return found
 
 
-@torch.no_grad()
+@contextmanager
+def set_run(module: Any, one: ContextSet, split: str) -> Iterator[_Run]:
+    """Inside the block the pair is in evaluation mode, without gradients, whole where that fits.
+
+    Args:
+        module: A ``CompressorModule`` with a trainer.
+        one: The set.
+        split: Part of the noise's key.
+    """
+    pair = module.policy
+    was_training = pair.training
+    pair.eval()
+    try:
+        with torch.no_grad(), pair.gathered() as is_whole:
+            yield _Run(module, one, f"{split}/{one.name}", is_whole)
+    finally:
+        pair.train(was_training)
+        reshard(pair)
+
+
 def measure_set(module: Any, one: ContextSet, split: str) -> Measured:
     """Measure this rank's rows of a set; ranks run equally many batches.
 
@@ -119,21 +159,10 @@ def measure_set(module: Any, one: ContextSet, split: str) -> Measured:
         one: The set.
         split: Part of the noise's key.
     """
-    data, trainer = module.trainer.datamodule, module.trainer
-    rank, world = trainer.global_rank, trainer.world_size
-    share = -(-len(one.contexts) // world)
-    own = [place for place in range(rank, share * world, world)]
-    found, pair = Measured(), module.policy
-    was_training = pair.training
-    pair.eval()
-    try:
-        with pair.gathered() as is_whole:
-            run = _Run(module, one, f"{split}/{one.name}", is_whole)
-            for start in range(0, share, data.eval_batch_size):
-                _measure_batch(run, found, own[start : start + data.eval_batch_size])
-    finally:
-        pair.train(was_training)
-        reshard(pair)
+    found = Measured()
+    with set_run(module, one, split) as run:
+        for places in run.batches():
+            _measure_batch(run, found, places)
     return found
 
 
@@ -185,13 +214,16 @@ def _measure_memory(
             found.entropy_slot.append(scores.entropy[slots & live].float().cpu())
         forced = _read(module, _forced(batch, slots, logits), rows)
         found.add(arm, _fact_metrics(rows, forced, counted, prefix="forced/"))
-    texts = _decode(run, memory, batch)
+    texts = decode_texts(run, memory, batch)
     task = module.trainer.datamodule.task
     values = [task.read(row, text) for row, text in zip(rows, texts, strict=True)]
     found.add(arm, _fact_metrics(rows, values, counted))
     if counted:
         sources = [words(rows[i].text) for i in counted]
         found.add(arm, drift_metrics(sources, [words(texts[i]) for i in counted]))
+    if counted and module.embedder is not None:
+        pairs = [(rows[i].text, texts[i]) for i in counted]
+        found.add(arm, semantic_drift(module.embedder, pairs))
     return values, texts
 
 
@@ -203,7 +235,14 @@ def _forced(batch: CompressionBatch, slots: Tensor, logits: Tensor) -> list[list
     return [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
 
 
-def _decode(run: _Run, memory: Memory, batch: CompressionBatch) -> list[str]:
+def decode_texts(run: _Run, memory: Memory, batch: CompressionBatch) -> list[str]:
+    """What the decoder writes on its own from the memory of a batch.
+
+    Args:
+        run: Of the set.
+        memory: B memories.
+        batch: Their texts, for the lengths.
+    """
     module = run.module
     tokenizer = module.trainer.datamodule.encoding.target_tokenizer
     limits = (batch.target_mask.sum(1) + module.extra_tokens).tolist()
@@ -262,100 +301,22 @@ def _fact_metrics(
     return found
 
 
-# ---------------------------------------------------------------------- all rows together
-
-
-def compare_sets(
-    parts: Sequence[Mapping[str, Measured]], values: Mapping[str, float], split: str
-) -> tuple[dict[str, float], dict[str, SetOutcome]]:
-    """What compares rows and sets, of all ranks.
+def semantic_drift(
+    embed: Callable[[Sequence[str]], Tensor], pairs: Sequence[tuple[str, str]]
+) -> Metrics:
+    """Mean of ``semantic_drift_index`` over some texts.
 
     Args:
-        parts: Of each rank, set -> what it measured.
-        values: Means that are there already, by tag.
-        split: First part of the tags.
-
-    Returns:
-        ``<split>/<set>/gap`` (usual twin less changed one) with its paired test and interval,
-        ranks of H and Z, and the sets' rows for figures.
+        embed: Texts to unit vectors ``(N, D)``, see ``grm.embedders``.
+        pairs: N sources and what was decoded from each.
     """
-    names = list(parts[0])
-    joined = {name: _joined([part[name] for part in parts]) for name in names}
-    pc = joined.get("pc")
-    found: dict[str, float] = {}
-    for name, one in joined.items():
-        for what, scattered in (("z", one.z), ("h", one.h)):
-            if scattered is not None and scattered.count > 1:
-                scalars = rank_scalars(scattered.spectrum())
-                found |= {f"{split}/{name}/rank_{what}/{k}": v for k, v in scalars.items()}
-        if pc is not None and name != "pc":
-            found |= _paired(split, name, pc, one)
-    for name in names:
-        null, own = (
-            values.get(f"{split}/{name}{arm}/knowledge_overwriting") for arm in ("/shuffled", "")
-        )
-        if null is not None and own is not None:
-            found[f"{split}/{name}/net_overwriting"] = own - null
-    return found, {name: _outcome(name, one, pc) for name, one in joined.items()}
-
-
-def _joined(parts: Sequence[Measured]) -> Measured:
-    """All rows of a set in its order."""
-    whole = Measured()
-    order = sorted(
-        (place, rank, i) for rank, one in enumerate(parts) for i, place in enumerate(one.places)
+    # a blank, for some tokenizers make no token at all of an empty text
+    one, two = (
+        embed([text.strip() or " " for text in texts]) for texts in zip(*pairs, strict=True)
     )
-    for place, rank, i in order:
-        one = parts[rank]
-        whole.places.append(place)
-        for name in ("contexts", "decoded", "values", "memory"):
-            getattr(whole, name).append(getattr(one, name)[i])
-    for one in parts:
-        whole.entropy_slot += one.entropy_slot
-        for name in ("z", "h"):
-            mine, other = getattr(whole, name), getattr(one, name)
-            if other is not None:
-                setattr(whole, name, other if mine is None else mine.merge(other))
-    return whole
-
-
-def _paired(split: str, name: str, pc: Measured, one: Measured) -> dict[str, float]:
-    """Facts of minimal pairs that differ: kept in the usual twin against kept here."""
-    twins = {context.uid: i for i, context in enumerate(pc.contexts)}
-    usual, changed = [], []
-    for i, context in enumerate(one.contexts):
-        place = twins.get(context.twin, -1)
-        if place < 0:
-            continue
-        before = {slot.key: slot.value for slot in pc.contexts[place].slots}
-        for slot in context.slots:
-            if before.get(slot.key) not in (None, slot.value):
-                usual.append(pc.values[place].get(slot.key) == before[slot.key])
-                changed.append(one.values[i].get(slot.key) == slot.value)
-    if not usual:
-        return {}
-    first, second = (torch.tensor(marks, dtype=torch.float64) for marks in (usual, changed))
-    interval = paired_bootstrap(first, second, seed=f"{split}/{name}")
-    return {
-        f"{split}/{name}/gap": interval.estimate,
-        f"{split}/{name}/gap_low": interval.low,
-        f"{split}/{name}/gap_high": interval.high,
-        f"{split}/{name}/mcnemar_p": mcnemar(first.bool(), second.bool()).p_value,
-    }
-
-
-def _outcome(name: str, one: Measured, pc: Measured | None) -> SetOutcome:
-    twins = {} if pc is None else {context.uid: i for i, context in enumerate(pc.contexts)}
-    widths = {memory.shape for memory in one.memory}
-    return SetOutcome(
-        name=name,
-        contexts=one.contexts,
-        decoded=one.decoded,
-        values=one.values,
-        memory=torch.stack(one.memory) if len(widths) == 1 else torch.zeros(0, 0, 0),
-        entropy_slot=torch.cat(one.entropy_slot) if one.entropy_slot else torch.zeros(0),
-        twins=[twins.get(context.twin, -1) for context in one.contexts],
-    )
+    overlaps = [rouge_l(words(source), words(text)) for source, text in pairs]
+    drift = semantic_drift_index((one * two).sum(1), torch.tensor(overlaps, dtype=torch.float64))
+    return {"semantic_drift_index": masked_sum_count(drift)}
 
 
 def _with(known: Scatter | None, vectors: Tensor) -> Scatter:

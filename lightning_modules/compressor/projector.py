@@ -25,11 +25,13 @@ from typing import Literal
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_modules.compressor.options import MemoryOptions, ProjectorOptions
+from lightning_modules.options import BackboneOptions
 
 Prompt = Literal["ae", "qa", "lm"]
 PROMPTS: tuple[Prompt, ...] = ("ae", "qa", "lm")
@@ -177,6 +179,34 @@ def rms_normalised(values: Tensor, eps: float = 1e-6) -> Tensor:
         tensor([ 1.0000, -1.0000])
     """
     return functional.rms_norm(values, values.shape[-1:], eps=eps)
+
+
+def continue_bridge(bridge: Bridge, backbone: BackboneOptions, parts: Sequence[str]) -> None:
+    """Start a bridge from a folder: all of it from an exported pair of the same shape, else parts.
+
+    Args:
+        bridge: Is changed.
+        backbone: Whose path is the folder. With ``random_init`` nothing is read: the checkpoint
+            brings the bridge.
+        parts: As of ``start_bridge``; they are frozen.
+
+    Raises:
+        ValueError: As ``start_bridge``.
+    """
+    if backbone.random_init:
+        return
+    file = Path(backbone.path) / BRIDGE_FILE
+    state = load_file(file) if file.is_file() else {}
+    own = {name: tuple(value.shape) for name, value in bridge.state_dict().items()}
+    if state and own == {name: tuple(value.shape) for name, value in state.items()}:
+        bridge.load_state_dict(state)
+    elif "tokens" in state:
+        rank_zero_warn(
+            f"{file} is of another shape than model.memory and model.projector: memory tokens and "
+            f"projector start anew, but for model.bridge_parts={list(parts)}"
+        )
+    if parts:
+        start_bridge(bridge, backbone.path, parts, freeze=True)
 
 
 def start_bridge(bridge: Bridge, folder: str | Path, parts: Sequence[str], *, freeze: bool) -> None:

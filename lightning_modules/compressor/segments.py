@@ -116,29 +116,6 @@ def cut(mask: Tensor, most: int | None) -> Segments:
     return Segments(rows, numbers, columns, _below(lengths, longest), counts)
 
 
-def check_targets(target_ids: Tensor, target_mask: Tensor, eos_id: int) -> None:
-    """Refuse labels that do not end in their only EOS token (padding of the same id is no label).
-
-    Args:
-        target_ids: ``(B, t)``.
-        target_mask: ``(B, t)`` True on labels.
-        eos_id: Of the EOS token.
-
-    Raises:
-        ValueError: A row has no EOS label, several, or one that is not its last (names the row).
-    """
-    mask = target_mask.bool()
-    is_end = (target_ids == eos_id) & mask
-    ordered = is_end.gather(1, _left(mask))
-    last = ordered.gather(1, (mask.sum(1, keepdim=True) - 1).clamp(min=0))[:, 0]
-    bad = ((is_end.sum(1) != 1) | ~last).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(
-            f"row {bad[0]} of the batch has {int(is_end[bad[0]].sum())} EOS labels (id {eos_id}): "
-            f"exactly one, the last label, must be"
-        )
-
-
 def _left(mask: Tensor) -> Tensor:
     """``(B, n)`` columns of each row, those under the mask first, in their order."""
     return torch.argsort((~mask).int(), dim=1, stable=True)

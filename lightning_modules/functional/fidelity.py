@@ -5,9 +5,9 @@ formulas were not seen]. All functions take aligned values, one a slot: what the
 the world makes one expect (None: nothing) and what was decoded (None: the fact is not there).
 Values are compared as they are: whoever read them out of a text has brought them into one form.
 
-Rates leave as sums and counts (see ``sums``); differences of rates (``conflict_gap``,
-``net_overwriting``) are taken from metrics that were added up already. ``paired_tests`` compares
-the marks of single slots, ``fidelity_text`` whole texts.
+Rates leave as sums and counts (see ``sums``); ``net_overwriting`` is taken from metrics that were
+added up already. ``paired_tests`` compares the marks of single slots, ``fidelity_text`` whole
+texts.
 """
 
 from __future__ import annotations
@@ -116,26 +116,6 @@ def slot_outcomes(
         conflict=_marks([usual is not None and usual != said for said, usual, _ in rows]),
         agree=_marks([usual == said for said, usual, _ in rows]),
     )
-
-
-def conflict_gap(consistent: Metrics, counterfactual: Metrics) -> float | None:
-    """Delta FF = FF(prior-consistent) - FF(counterfactual): what the prior gives away.
-
-    Args:
-        consistent: Metrics of ``slot_outcomes`` on the prior-consistent set, added up; the rate is
-            that of the slots that agree with their prior.
-        counterfactual: The same on the counterfactual set; slots that contradict theirs.
-
-    Returns:
-        From -1 to 1; None where one of the sets has no such slot.
-
-    Example:
-        >>> conflict_gap({"fact_fidelity_agree": (4, 4)}, {"fact_fidelity_conflict": (1, 4)})
-        0.75
-    """
-    high = means(consistent).get("fact_fidelity_agree")
-    low = means(counterfactual).get("fact_fidelity_conflict")
-    return None if high is None or low is None else high - low
 
 
 def net_overwriting(metrics: Metrics, null: Metrics) -> float | None:

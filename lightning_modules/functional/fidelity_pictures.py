@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Literal
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.functional.effective_rank import Scatter, scatter
-from lightning_modules.functional.outcomes import SetOutcome
+from lightning_modules.functional.outcomes import TWIN_SET, SetOutcome
 
 if TYPE_CHECKING:
     from datamodules.tasks.compression import Context
@@ -136,6 +136,21 @@ def confusions(outcome: SetOutcome, *, max_values: int = 12) -> dict[str, Confus
                 fact = (slot.value, slot.prior, values.get(slot.key))
                 facts.setdefault(slot.name, []).append(fact)
     return {name: _confusion(facts[name], max_values) for name in sorted(facts)}
+
+
+def paired_sets(outcomes: Mapping[str, SetOutcome]) -> Iterator[tuple[SetOutcome, SetOutcome]]:
+    """Sets with minimal pairs whose memories can be compared, each with the set of their twins.
+
+    Args:
+        outcomes: Name -> rows of all sets.
+    """
+    usual = outcomes.get(TWIN_SET)
+    for one in outcomes.values():
+        has_pairs = one is not usual and max(one.twins, default=-1) >= 0
+        if usual is None or not has_pairs or not one.memory.numel():
+            continue
+        if one.memory.shape[1:] == usual.memory.shape[1:]:
+            yield one, usual
 
 
 def pair_cosines(outcome: SetOutcome, twin_set: SetOutcome, *, count: int = 16) -> PairCosines:

@@ -40,4 +40,5 @@ def write_texts(folder: Path, count: int = 60) -> list[str]:
     lines = [" ".join(f"word {i} {j}" for j in range(1 + 3 * (i % 3))) for i in range(count)]
     path.write_text("\n".join(lines) + "\n")
     shares = ["data.task.val_fraction=0.1", "data.task.test_fraction=0.15"]
-    return ["data=text_file", f"data.path={path}", *shares, "model.memory.segment_tokens=16"]
+    return ["data=text_file", f"data.path={path}", *shares, "model.memory.segment_tokens=16",
+            "backbone.warm_start.decoder_steps=0"]  # fmt: skip

@@ -64,9 +64,16 @@ def test_metrics_and_config_of_a_run(finished: Path, make_config: Make, compose:
     assert (metrics["model"], metrics["steps"]) == (finished.parent.name, 2)
     assert all(math.isfinite(v) for k, v in metrics.items() if k != "model")
     for name in ("pc", "cf", "neu"):
-        for tag in ("ce", "exact_match", "fact_fidelity", "shuffled/ce", "rank_z/erank"):
+        for tag in (
+            "ce",
+            "exact_match",
+            "fact_fidelity",
+            "shuffled/ce",
+            "rank_z/erank",
+            "corpus_bleu",
+        ):
             assert f"test/{name}/{tag}" in metrics
-    for tag in ("knowledge_overwriting", "net_overwriting", "gap", "mcnemar_p"):
+    for tag in ("knowledge_overwriting", "net_overwriting", "gap", "mcnemar_p", "pair_cosine"):
         assert f"test/cf/{tag}" in metrics
     saved = flatten(OmegaConf.to_container(OmegaConf.load(finished / "config.yaml")))
     composed = make_config(*small(finished.parent.name, compose), *ALL_SETS)
@@ -133,7 +140,7 @@ def test_tensorboard_of_a_run(finished: Path) -> None:
     reader, metrics = board(finished), json.loads((finished / "metrics.json").read_text())
     tags = reader.Tags()
     prefixes = {tag.split("/")[0] for tag in tags["scalars"] if "/" in tag}
-    assert prefixes == {"train", "perf", "val", "test", "time", "mem"}
+    assert prefixes == {"train", "perf", "val", "test", "time", "mem", "size"}
     for tag in ("train/loss", "train/ce_slot", "train/hidden", "train/lr", "perf/tokens_per_s"):
         assert [step for step, _ in scalars(reader, tag)] == [1, 2], tag
     for tag in tags["scalars"]:

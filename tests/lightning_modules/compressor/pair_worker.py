@@ -19,6 +19,7 @@ from lightning_modules.backbones.sharding import shard
 from lightning_modules.compressor.decoding import greedy_decode
 from lightning_modules.compressor.folders import export_pair, load_pair
 from lightning_modules.compressor.pair import Pair
+from lightning_modules.compressor.sizes import pair_sizes
 from tests.lightning_modules.compressor.small_pair import make_pair, source, targets
 
 CASES: dict[str, dict[str, Any]] = {
@@ -67,6 +68,7 @@ def measure(folder: Path, results: Path, name: str) -> dict[str, float | bool]:
     texts = source([8, 5], seed=rank)
     labels = targets([4, 6], seed=rank) if name == "embeds" else texts
     found: dict[str, float | bool] = {"gradients": gradient_gap(pair, whole, texts, labels)}
+    found["sizes"] = pair_sizes(pair) == pair_sizes(whole)
     pair.eval(), whole.eval()
     with torch.no_grad():
         expected = whole.compress(*texts)

