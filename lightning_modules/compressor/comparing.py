@@ -54,11 +54,11 @@ def compare_sets(
         if pc is not None and name != "pc":
             found |= _paired(split, name, pc, one)
     outcomes = {name: _outcome(name, one, pc) for name, one in joined.items()}
-    for name, outcome in outcomes.items():
-        if outcome.memory.numel():
-            what = "h" if joined[name].z is None else "z"
-            sigma = sample_spectra(outcome.memory[:NUM_SPECTRA])
-            found[f"{split}/{name}/rank_{what}/sample_erank"] = float(effective_rank(sigma).mean())
+    for name, one in joined.items():
+        what = "h" if one.z is None else "z"
+        spectra = [sample_spectra(memory[None]) for memory in one.memory[:NUM_SPECTRA]]
+        erank = sum(float(effective_rank(sigma)) for sigma in spectra) / len(spectra)
+        found[f"{split}/{name}/rank_{what}/sample_erank"] = erank
     for outcome, usual in paired_sets(outcomes):
         numbers = pair_cosines(outcome, usual, count=1).numbers
         for tag, number in COSINES.items():

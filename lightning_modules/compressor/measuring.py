@@ -57,7 +57,7 @@ class Measured:
         contexts: These rows.
         decoded: Free-running texts.
         values: Facts read from them.
-        memory: ``(N, m, d)`` Z of the rows (H where there is no Z), float32 on the CPU.
+        memory: ``(m, d)`` Z of each row (H where there is no Z), float32 on the CPU.
         entropy_slot: Of every label that carries a fact, nats.
         z: Scatter of Z; None with ``form=kv``.
         h: Scatter of H.
@@ -176,7 +176,8 @@ def _measure_batch(run: _Run, found: Measured, places: Sequence[int]) -> None:
     if memory.embeds is not None:
         found.z = _with(found.z, chosen.stacked("embeds"))
     vectors = chosen.hidden if chosen.embeds is None else chosen.embeds
-    found.memory += list(vectors.float().cpu())
+    live = chosen.mask.bool().cpu()  # a batch is as wide as its longest text
+    found.memory += [row[own] for row, own in zip(vectors.float().cpu(), live, strict=True)]
     found.contexts += [rows[i] for i in kept.tolist()]
     found.places += [places[i] for i in kept.tolist()]
     values, texts = _measure_memory(run, found, "", memory, batch, rows, real)

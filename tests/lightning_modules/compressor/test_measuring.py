@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -231,6 +232,27 @@ def test_shuffled_is_the_next_text_whatever_the_batch(perfect: Any) -> None:
         total += len(facts)
     kept, count = whole.metrics["/shuffled"]["fact_fidelity"]
     assert (float(kept), float(count)) == (right, total)
+
+
+def test_memories_of_unequal_texts_are_kept_without_padding(perfect: Any) -> None:
+    module, _ = perfect
+    data, options = module.trainer.datamodule, module.policy.options
+    contexts = list(data.evaluation_sets("test")[0].contexts)
+    short = replace(contexts[0], text=contexts[0].text.rsplit(" ", 3)[0], slots=())
+    one = ContextSet("cf", [short, *contexts[1:4]])
+    found = {}
+    module.policy.options = replace(options, segment_tokens=3)
+    try:
+        for size in (1, 4):
+            data.eval_batch_size = size
+            found[size] = measure_set(module, one, "test")
+    finally:
+        module.policy.options, data.eval_batch_size = options, 3
+    assert [len(row) for row in found[4].memory] == [7, 14, 14, 14]
+    for alone, together in zip(found[1].memory, found[4].memory, strict=True):
+        torch.testing.assert_close(alone, together, atol=1e-5, rtol=0)
+    values, outcomes = compare_sets([{"cf": found[4]}], "test")
+    assert not outcomes["cf"].memory.numel() and 1 < values["test/cf/rank_z/sample_erank"] < 14
 
 
 def test_a_set_of_one_text_has_no_shuffled_memory(perfect: Any) -> None:
