@@ -181,7 +181,7 @@ def prepare_tiny_decoder(
         "decoder": asdict(shape.decoder),
         "memory": asdict(shape.memory),
         "projector": asdict(shape.projector),
-        "fit": _fit_material(fit, optimizer) if is_fitted else None,
+        "fit": fit_material(fit, optimizer) if is_fitted else None,
         "seed": seed,
     }
 
@@ -211,6 +211,7 @@ def _fit_decoder(
         projector=asdict(shape.projector),
         optimizer=fit.optimizer,
         qa_ratio=fit.qa_ratio,
+        qa_start=fit.decoder_steps // 3,
         controls=[],
         progress={"loss": "train/loss"},
     )
@@ -297,8 +298,13 @@ def _with_texts(task: CompressionTask, fit: PairWarmStart, seed: int) -> PairWar
     return replace(fit, **left_out)
 
 
-def _fit_material(fit: PairWarmStart, optimizer: Mapping[str, Any]) -> dict[str, Any]:
-    """What a fitted decoder depends on; questions count where some are asked."""
+def fit_material(fit: PairWarmStart, optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """What a fitted decoder depends on; questions count where some are asked.
+
+    Args:
+        fit: Of which stage 1 does not count.
+        optimizer: Of stage 0, filled in.
+    """
     values = {**asdict(fit), "steps": 0, "optimizer": optimizer}
     return {name: value for name, value in values.items() if name != "qa_ratio" or value}
 

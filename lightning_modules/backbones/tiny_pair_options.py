@@ -155,7 +155,8 @@ class PairWarmStart:
         decoder_texts: What the decoder learns to read: ``neutral`` texts, or ``prior`` for those
             of stage 1 [card: the regime with the prior in the decoder].
         qa_ratio: Share of the steps of stage 0 that answer a question instead of rebuilding the
-            text, so that a frozen decoder knows questions [our choice].
+            text, so that a frozen decoder knows questions; none in its first third. Learnt together
+            from the start, both stop at memories of colours without their nouns [our choice].
         batch_size: Texts a step, fresh every step.
         gradient_clip: Norm of the gradient at most.
         decoder_lr: Peak learning rate of stage 0; None goes by ``lr_of_width``.

@@ -85,6 +85,7 @@ class CompressorModule(EvaluatedModule):
             first) instead of rebuilding it [code: ICAE, 0 by default there].
         qa_ratio: Share of the batches that answer one question a text from its memory [code: ICAE,
             a stage of its own there; the mix is our choice]. Above 0 evaluations ask as well.
+        qa_start: Steps before the first such batch.
         controls: Null models that evaluations also measure: ``shuffled`` (another text's memory)
             and ``zero`` (none).
         bridge_parts: Parts of the bridge that start as the backbone's folder has them, such as
@@ -107,6 +108,7 @@ class CompressorModule(EvaluatedModule):
         loss: Mapping[str, Any] | None = None,
         lm_ratio: float = 0.0,
         qa_ratio: float = 0.0,
+        qa_start: int = 0,
         controls: Sequence[str] = CONTROLS,
         bridge_parts: Sequence[str] = (),
         extra_tokens: int = 8,
@@ -122,13 +124,14 @@ class CompressorModule(EvaluatedModule):
         )
         self.loss_options = read_options(LossOptions, loss, "model.loss")
         problems = ratio_problems({"lm_ratio": lm_ratio, "qa_ratio": qa_ratio})
-        if extra_tokens < 0:
-            problems.append(f"model.extra_tokens={extra_tokens} must be 0 or more")
+        counts = {"qa_start": qa_start, "extra_tokens": extra_tokens}
+        problems += [f"model.{k}={v} must be 0 or more" for k, v in counts.items() if v < 0]
         if odd := [name for name in controls if name not in CONTROLS]:
             problems.append(f"model.controls has {odd[0]!r}; there are {', '.join(CONTROLS)}")
         if problems:
             raise ValueError("; ".join(problems))
-        self.lm_ratio, self.qa_ratio, self.controls = lm_ratio, qa_ratio, tuple(controls)
+        self.lm_ratio, self.qa_ratio, self.qa_start = lm_ratio, qa_ratio, qa_start
+        self.controls = tuple(controls)
         self.bridge_parts, self.extra_tokens = list(bridge_parts), extra_tokens
         #: Set -> what the last evaluation found there, on rank 0 of all rows; figures read it.
         self.outcomes: dict[str, Any] = {}

@@ -55,7 +55,7 @@ def exercise_of(module: Any, batch: CompressionBatch, step: int) -> Exercise:
     draw = sample_seed("lm", str(step), 0) / 2**64
     if draw < module.lm_ratio:
         return Exercise("lm", continuation(batch))
-    if draw < module.lm_ratio + module.qa_ratio:
+    if step >= module.qa_start and draw < module.lm_ratio + module.qa_ratio:
         data = module.trainer.datamodule
         asked = ask(batch, data.encoding.target_tokenizer, f"qa/{step}")
         if float(sum_of_ranks(asked.batch.target_mask.sum())):
