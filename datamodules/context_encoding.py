@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from random import Random
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from datamodules.tasks.compression import MASK, Context
+from datamodules.tasks.compression import MASK, Context, Probe
 
 LongPolicy = Literal["error", "cut"]
 MaskKind = Literal["mask", "random"]
@@ -38,6 +38,7 @@ class CompressionBatch:
         slot_mask: ``(B, t)`` bool, True on tokens that carry a slot's value.
         uids: B identities.
         hidden: ``(B, n)`` bool, True on source tokens that were replaced.
+        probes: Questions of each of the B texts; [] where nobody asks.
     """
 
     source_ids: Tensor
@@ -47,10 +48,11 @@ class CompressionBatch:
     slot_mask: Tensor
     uids: list[str]
     hidden: Tensor
+    probes: list[tuple[Probe, ...]] = field(default_factory=list)
 
     def to(self, device: Any, **_: Any) -> CompressionBatch:
         """The same with its tensors on a device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
         moved = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **moved)  # type: ignore[arg-type]
 
@@ -245,6 +247,7 @@ class ContextEncoding:
             slot_mask=_padded(slots, False),
             uids=[context.uid for context in contexts],
             hidden=_padded(hidden, False),
+            probes=[context.probes for context in contexts],
         )
 
     def _hide(

@@ -195,7 +195,20 @@ class CompressionTask(Task):
             text: What was decoded.
         """
 
-    def pretraining_texts(self, seed: int, step: int, count: int) -> list[str]:
+    def read_answer(self, context: Context, probe: Probe, text: str) -> str | None:
+        """What a decoded answer says, in the form in which answer and prior are compared with it.
+
+        Args:
+            context: The source.
+            probe: Question about it.
+            text: What was decoded.
+
+        Returns:
+            Here the text without the space around it; None where nothing is left.
+        """
+        return text.strip() or None
+
+    def pretraining_contexts(self, seed: int, step: int, count: int) -> list[Context]:
         """Texts of the world for language-model pretraining (where priors come from); [] for none.
 
         Args:
@@ -205,7 +218,7 @@ class CompressionTask(Task):
         """
         return []
 
-    def neutral_texts(self, seed: int, step: int, count: int) -> list[str]:
+    def neutral_contexts(self, seed: int, step: int, count: int) -> list[Context]:
         """Texts in which no fact is more usual than another, for a decoder without a prior.
 
         Args:
@@ -214,6 +227,14 @@ class CompressionTask(Task):
             count: Texts.
         """
         return []
+
+    def pretraining_texts(self, seed: int, step: int, count: int) -> list[str]:
+        """The texts alone of ``pretraining_contexts``, whose arguments these are."""
+        return [context.text for context in self.pretraining_contexts(seed, step, count)]
+
+    def neutral_texts(self, seed: int, step: int, count: int) -> list[str]:
+        """The texts alone of ``neutral_contexts``, whose arguments these are."""
+        return [context.text for context in self.neutral_contexts(seed, step, count)]
 
     def hidden_words(self) -> Sequence[str]:
         """Words that source masking may hide (values of slots); [] hides any word."""

@@ -199,16 +199,20 @@ class ConflictFile(RowOptions, CompressionTask):
             text: What was decoded. Where it gives both value and prior, the value counts if the
                 source holds the prior too, else the fact is lost.
         """
+        return {slot.key: self._read(context, slot, text) for slot in context.slots}
+
+    def read_answer(self, context: Context, probe: Probe, text: str) -> str | None:
+        """As ``read``, with the question's fact also where it is no slot of the text."""
+        return self._read(context, Slot(probe.key, "attribute", probe.answer, probe.prior), text)
+
+    def _read(self, context: Context, slot: Slot, text: str) -> str | None:
         record = self._records.get(context.uid)
-        found: dict[str, str | None] = {}
-        for slot in context.slots:
-            others: tuple[str, ...] = ()
-            names: _Names = (slot.value,), ((slot.prior,) if slot.prior else ())
-            if record is not None:
-                names = record.names.get((context.uid, slot.key), names)
-                others = record.others.get(slot.key, ())
-            found[slot.key] = _given(slot, names, others, context.text, text)
-        return found
+        others: tuple[str, ...] = ()
+        names: _Names = (slot.value,), ((slot.prior,) if slot.prior else ())
+        if record is not None:
+            names = record.names.get((context.uid, slot.key), names)
+            others = record.others.get(slot.key, ())
+        return _given(slot, names, others, context.text, text)
 
 
 def _given(

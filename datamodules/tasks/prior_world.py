@@ -241,23 +241,22 @@ class PriorWorld(CompressionTask):
                 found[f"{verb}/negation"] = None if one is None else ("no", "yes")[one.negated]
         return found
 
-    def pretraining_texts(self, seed: int, step: int, count: int) -> list[str]:
+    def pretraining_contexts(self, seed: int, step: int, count: int) -> list[Context]:
         """Texts at the training rates, none of them against its priors as a whole (``p_cf``)."""
-        return self._texts("pretrain", self.habits, seed, step, count)
+        return self._fresh("pretrain", self.habits, seed, step, count)
 
-    def neutral_texts(self, seed: int, step: int, count: int) -> list[str]:
+    def neutral_contexts(self, seed: int, step: int, count: int) -> list[Context]:
         """Texts of the same grammar with uniform values, orders and denials."""
         negation = 0.5 if self.habits.negation else 0.0
-        return self._texts("neutral", Habits(None, 0.5, negation), seed, step, count)
+        return self._fresh("neutral", Habits(None, 0.5, negation), seed, step, count)
 
     # ---------------------------------------------------------------- how texts are made
 
-    def _texts(self, kind: str, habits: Habits, seed: int, step: int, count: int) -> list[str]:
+    def _fresh(self, kind: str, habits: Habits, seed: int, step: int, count: int) -> list[Context]:
         keys = [f"{self.name}/{self.seed}/{kind}/{seed}/{step}/{i}" for i in range(count)]
         plans = [(Random(key), Random(f"{key}/values")) for key in keys]
         return [
-            self.writer.write("", self.writer.plan(rng), habits, values).text
-            for rng, values in plans
+            self.writer.write("", self.writer.plan(rng), habits, values) for rng, values in plans
         ]
 
     def _training_context(self, index: int) -> Context:

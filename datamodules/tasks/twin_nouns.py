@@ -195,23 +195,23 @@ class TwinNouns(CompressionTask):
         found = found or {t for t in told if {t[0], t[2]} == {agent, patient}}
         return " ".join(next(iter(found))) if len(found) == 1 else None
 
-    def pretraining_texts(self, seed: int, step: int, count: int) -> list[str]:
+    def pretraining_contexts(self, seed: int, step: int, count: int) -> list[Context]:
         """Texts with every colour as usual and relations at their rate, held-out nouns left out."""
         key = f"{self.name}/{self.seed}/pretrain/{seed}/{step}"
         found = []
         for i in range(count):
             rng = Random(f"{key}/{i}")
-            found.append(self._write("", rng, rng, 1.0, self.relation_rate).text)
+            found.append(self._write("", rng, rng, 1.0, self.relation_rate))
         return found
 
-    def neutral_texts(self, seed: int, step: int, count: int) -> list[str]:
+    def neutral_contexts(self, seed: int, step: int, count: int) -> list[Context]:
         """Texts with uniform colours and orders, of all nouns and verbs, held-out ones included."""
         key = f"{self.name}/{self.seed}/neutral/{seed}/{step}"
         everything = [*self.known, *self.held_out], self.verbs
         found = []
         for i in range(count):
             rng = Random(f"{key}/{i}")
-            found.append(self._write("", rng, rng, None, 0.5, of=everything).text)
+            found.append(self._write("", rng, rng, None, 0.5, of=everything))
         return found
 
     def _training_context(self, index: int) -> Context:

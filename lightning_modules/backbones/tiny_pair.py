@@ -6,7 +6,8 @@ Two fits come before the run [card, section 9, second trial], each cached by its
 stage what is fitted                                   to what
 ===== ================================================ ========================================
 0     decoder and bridge, together with a compressor   reconstruction of neutral texts, nothing
-      that is thrown away                              hidden: it reads any fact, expects none
+      that is thrown away                              hidden: it reads any fact, expects none;
+                                                       with ``qa_ratio`` also answers to questions
 1     the run's compressor, as a language model        texts of the world: it knows the priors
 ===== ================================================ ========================================
 
@@ -47,6 +48,7 @@ from lightning_modules.backbones.tiny_pair_options import TinyPairOptions as Tin
 from lightning_modules.compressor.folders import OPTIONS_FILE, UNFITTED, export_pair
 from lightning_modules.compressor.pair import Pair
 from lightning_modules.compressor.projector import BRIDGE_FILE
+from lightning_modules.compressor.training import ask
 from lightning_modules.options import read_options
 
 #: Fresh texts on which a fitted decoder is measured, and the share of them that it must read.
@@ -79,7 +81,7 @@ class FittingTexts(CompressionTask):
     def text(self, number: int) -> Context:
         """Text ``number``, of any size: those from ``count`` on are never trained on."""
         found = self._write(self.seed, number, 1)
-        return Context(f"{self.name}/fit/{number}", found[0])
+        return replace(found[0], uid=f"{self.name}/fit/{number}")
 
     def contexts(self, split: Split) -> Sequence[Context]:
         """The texts, for training only."""
@@ -121,7 +123,8 @@ def prepare_tiny_pair(
 
     Returns:
         The folder. Its ``litpost.json`` says what share of fresh texts the decoder reads without
-        any error (``exact_match``, None where it was not fitted).
+        any error (``exact_match``, None where it was not fitted), and of what share it answers a
+        question (``answered``, where ``warm_start.qa_ratio`` is above 0).
 
     Raises:
         ValueError: An option is not allowed, or the task has no texts to compress.
@@ -194,7 +197,7 @@ def prepare_tiny_decoder(
         "decoder": asdict(shape.decoder),
         "memory": asdict(shape.memory),
         "projector": asdict(shape.projector),
-        "fit": {**asdict(fit), "steps": 0, "optimizer": optimizer} if is_fitted else None,
+        "fit": fit_material(fit, optimizer) if is_fitted else None,
         "seed": seed,
     }
 
@@ -223,11 +226,13 @@ def _fit_decoder(
         memory=asdict(shape.memory),
         projector=asdict(shape.projector),
         optimizer=fit.optimizer,
+        qa_ratio=fit.qa_ratio,
+        qa_start=fit.decoder_steps // 3,
         controls=[],
         progress={"loss": "train/loss"},
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    share = None
+    info: dict[str, Any] = {"task": task.name, "exact_match": None}
     if fit.decoder_steps:
         texts = FittingTexts(task, fit.decoder_texts, fit.decoder_steps * fit.batch_size, seed)
         data = ContextDataModule(task=texts, batch_size=fit.batch_size, seed=seed)
@@ -235,16 +240,20 @@ def _fit_decoder(
         steps, clip = fit.decoder_steps, fit.gradient_clip
         fit_tiny(module, data, steps=steps, clip=clip, seed=seed, callbacks=callbacks)
         fresh = [texts.text(texts.count + i) for i in range(NUM_CHECKED)]
-        share = read_share(module.policy.cpu(), data.evaluation_batch(fresh))
-        _warn_if_unread(share, fit.decoder_steps)
+        batch = data.evaluation_batch(fresh)
+        info["exact_match"] = read_share(module.policy.cpu(), batch)
+        _warn_if_unread("reads", info["exact_match"], "texts", fit.decoder_steps)
+        if fit.qa_ratio:
+            _, asked, question = ask(batch, tokenizer, "fresh")
+            info["answered"] = read_share(module.policy, asked, prompt="qa", question=question)
+            _warn_if_unread("answers", info["answered"], "questions", fit.decoder_steps)
     else:
         module.build()
-    info = {"task": task.name, "exact_match": share}
     export_pair(module.policy, tokenizer, tokenizer, folder, info=info)
 
 
 @torch.no_grad()
-def read_share(pair: Pair, batch: CompressionBatch) -> float:
+def read_share(pair: Pair, batch: CompressionBatch, **options: Any) -> float:
     """Share of the texts that a pair's decoder reads without an error.
 
     Under teacher forcing: without any error is what greedy decoding then writes too.
@@ -252,12 +261,12 @@ def read_share(pair: Pair, batch: CompressionBatch) -> float:
     Args:
         pair: Is put into evaluation mode.
         batch: B texts on the pair's device.
+        **options: Of ``Pair.score``, such as a question for each of the texts.
     """
     pair.eval()
     seeds = [sample_seed("read_share", uid, 0) for uid in batch.uids]
-    _, scores = pair(
-        batch.source_ids, batch.source_mask, batch.target_ids, batch.target_mask, noise_seeds=seeds
-    )
+    source, target = (batch.source_ids, batch.source_mask), (batch.target_ids, batch.target_mask)
+    _, scores = pair(*source, *target, noise_seeds=seeds, **options)
     is_right = (scores.correct > 0) | ~batch.target_mask
     return float(is_right.all(1).float().mean())
 
@@ -275,14 +284,12 @@ def _join(folder: Path, compressor: Path, decoder: Path, parts: Sequence[str]) -
 
 def _identity(task: CompressionTask, texts: Texts, seed: int) -> dict[str, str]:
     """What tells the texts of one fit from those of another."""
-    return {
-        "name": task.name,
-        "texts": digest({"texts": _writer(task, texts)(seed, 0, NUM_HASHED)}),
-    }
+    first = [context.text for context in _writer(task, texts)(seed, 0, NUM_HASHED)]
+    return {"name": task.name, "texts": digest({"texts": first})}
 
 
-def _writer(task: CompressionTask, texts: Texts) -> Callable[[int, int, int], list[str]]:
-    return task.neutral_texts if texts == "neutral" else task.pretraining_texts
+def _writer(task: CompressionTask, texts: Texts) -> Callable[[int, int, int], list[Context]]:
+    return task.neutral_contexts if texts == "neutral" else task.pretraining_contexts
 
 
 def _read_warm_start(values: Mapping[str, Any] | PairWarmStart | None) -> PairWarmStart:
@@ -316,10 +323,21 @@ def _with_texts(task: CompressionTask, fit: PairWarmStart, seed: int) -> PairWar
     return replace(fit, **left_out)
 
 
-def _warn_if_unread(share: float, steps: int) -> None:
+def fit_material(fit: PairWarmStart, optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """What a fitted decoder depends on; questions count where some are asked.
+
+    Args:
+        fit: Of which stage 1 does not count.
+        optimizer: Of stage 0, filled in.
+    """
+    values = {**asdict(fit), "steps": 0, "optimizer": optimizer}
+    return {name: value for name, value in values.items() if name != "qa_ratio" or value}
+
+
+def _warn_if_unread(does: str, share: float, what: str, steps: int) -> None:
     if share < ENOUGH:
         warnings.warn(
-            f"the tiny decoder reads only {share:.0%} of fresh texts without an error after "
+            f"the tiny decoder {does} only {share:.0%} of fresh {what} without an error after "
             f"backbone.warm_start.decoder_steps={steps}: what a run loses is then not the "
             f"compressor's doing alone; give it more steps, memory (model.memory.tokens) or rank",
             stacklevel=2,

@@ -165,6 +165,9 @@ class PairWarmStart:
         decoder_steps: Optimizer steps of stage 0; 0 for a random decoder.
         decoder_texts: What the decoder learns to read: ``neutral`` texts, or ``prior`` for those
             of stage 1 [card: the regime with the prior in the decoder].
+        qa_ratio: Share of the steps of stage 0 that answer a question instead of rebuilding the
+            text, so that a frozen decoder knows questions; none in its first third. Learnt together
+            from the start, both stop at memories of colours without their nouns [our choice].
         batch_size: Texts a step, fresh every step.
         gradient_clip: Norm of the gradient at most.
         decoder_lr: Peak learning rate of stage 0; None goes by ``lr_of_width``.
@@ -177,6 +180,7 @@ class PairWarmStart:
     steps: int = 300
     decoder_steps: int = 500
     decoder_texts: Texts = "neutral"
+    qa_ratio: float = 0.0
     batch_size: int = 64
     gradient_clip: float = 1.0
     decoder_lr: float | None = None
@@ -188,6 +192,8 @@ class PairWarmStart:
         problems = _too_small(key, counts, 0)
         problems += _too_small(key, {"batch_size": self.batch_size}, 2)
         problems += _too_small(key, {"gradient_clip": self.gradient_clip}, 0)
+        if not 0 <= self.qa_ratio <= 1:
+            problems.append(f"{key}.qa_ratio={self.qa_ratio} must be in [0, 1]")
         if self.decoder_texts not in ("neutral", "prior"):
             problems.append(
                 f"{key}.decoder_texts={self.decoder_texts!r} must be one of neutral, prior"

@@ -12,7 +12,7 @@ usual (knowledge overwriting) or rephrase (drift, role flips). So every evaluati
 decoder run freely and asks which facts came back.
 
     memory_of     texts -> memory                          (segments, forms: ``Pair``)
-    token_loss    memory, texts -> loss a label            (continuation: ``lm_ratio``)
+    token_loss    memory, texts -> loss a label            (``lm_ratio``, ``qa_ratio``)
     penalties     memory, scores -> further losses         (rank and entropy control)
     evaluate      sets of contexts -> fidelity             (``measuring``)
 
@@ -53,11 +53,16 @@ from lightning_modules.compressor.options import (
     ProjectorOptions,
     RankControl,
 )
-from lightning_modules.compressor.pair import Pair, TokenScores
+from lightning_modules.compressor.pair import Pair, Question, TokenScores
 from lightning_modules.compressor.predicting import predict_set
-from lightning_modules.compressor.projector import continue_bridge
+from lightning_modules.compressor.projector import Prompt, continue_bridge
 from lightning_modules.compressor.sizes import pair_sizes
-from lightning_modules.compressor.training import continuation, mean_of_ranks, sum_of_ranks
+from lightning_modules.compressor.training import (
+    exercise_of,
+    mean_of_ranks,
+    ratio_problems,
+    sum_of_ranks,
+)
 from lightning_modules.evaluation import EvaluatedModule
 from lightning_modules.functional.sums import Metrics
 from lightning_modules.functional.uncertainty import by_slot
@@ -80,6 +85,9 @@ class CompressorModule(EvaluatedModule):
         loss: See ``LossOptions``.
         lm_ratio: Share of the batches that continue a text (its second half from the memory of the
             first) instead of rebuilding it [code: ICAE, 0 by default there].
+        qa_ratio: Share of the batches that answer one question a text from its memory [code: ICAE,
+            a stage of its own there; the mix is our choice]. Above 0 evaluations ask as well.
+        qa_start: Steps before the first such batch.
         controls: Null models that evaluations also measure: ``shuffled`` (another text's memory)
             and ``zero`` (none).
         bridge_parts: Parts of the bridge that start as the backbone's folder has them, such as
@@ -103,6 +111,8 @@ class CompressorModule(EvaluatedModule):
         entropy_control: Mapping[str, Any] | None = None,
         loss: Mapping[str, Any] | None = None,
         lm_ratio: float = 0.0,
+        qa_ratio: float = 0.0,
+        qa_start: int = 0,
         controls: Sequence[str] = CONTROLS,
         bridge_parts: Sequence[str] = (),
         embedder: str | None = None,
@@ -118,11 +128,9 @@ class CompressorModule(EvaluatedModule):
             EntropyControl, entropy_control, "model.entropy_control"
         )
         self.loss_options = read_options(LossOptions, loss, "model.loss")
-        problems = []
-        if not 0 <= lm_ratio <= 1:
-            problems.append(f"model.lm_ratio={lm_ratio} must be in [0, 1]")
-        if extra_tokens < 0:
-            problems.append(f"model.extra_tokens={extra_tokens} must be 0 or more")
+        problems = ratio_problems({"lm_ratio": lm_ratio, "qa_ratio": qa_ratio})
+        counts = {"qa_start": qa_start, "extra_tokens": extra_tokens}
+        problems += [f"model.{k}={v} must be 0 or more" for k, v in counts.items() if v < 0]
         if odd := [name for name in controls if name not in CONTROLS]:
             problems.append(f"model.controls has {odd[0]!r}; there are {', '.join(CONTROLS)}")
         if embedder == "policy":
@@ -130,7 +138,8 @@ class CompressorModule(EvaluatedModule):
         if problems:
             raise ValueError("; ".join(problems))
         self.embedder = None if embedder is None else build_embedder(embedder)
-        self.lm_ratio, self.controls = lm_ratio, tuple(controls)
+        self.lm_ratio, self.qa_ratio, self.qa_start = lm_ratio, qa_ratio, qa_start
+        self.controls = tuple(controls)
         self.bridge_parts, self.extra_tokens = list(bridge_parts), extra_tokens
         #: Set -> what the last evaluation found there, on rank 0 of all rows; figures read it.
         self.outcomes: dict[str, Any] = {}
@@ -201,13 +210,20 @@ class CompressorModule(EvaluatedModule):
         memory: Memory = self.policy.compress(batch.source_ids, batch.source_mask, seeds)
         return memory
 
-    def token_loss(self, memory: Memory, batch: CompressionBatch, prompt: Any) -> TokenScores:
+    def token_loss(
+        self,
+        memory: Memory,
+        batch: CompressionBatch,
+        prompt: Prompt,
+        question: Question | None = None,
+    ) -> TokenScores:
         """What the decoder says of every label under teacher forcing, ``(B, t)`` each.
 
         Args:
             memory: Of the batch.
             batch: Its targets.
-            prompt: ``ae`` rebuilds, ``lm`` continues.
+            prompt: ``ae`` rebuilds, ``lm`` continues, ``qa`` answers.
+            question: Ids and mask, for ``qa``.
         """
         control = self.entropy_control
         scores: TokenScores = self.policy.score(
@@ -215,6 +231,7 @@ class CompressorModule(EvaluatedModule):
             batch.target_ids,
             batch.target_mask,
             prompt=prompt,
+            question=question,
             label_smoothing=control.label_smoothing,
             entropy_grad=control.penalty != 0,
         )
@@ -254,21 +271,20 @@ class CompressorModule(EvaluatedModule):
         return total, metrics
 
     def training_step(self, batch: CompressionBatch, batch_idx: int) -> Tensor:
-        """Compress, rebuild (or continue), return the mean loss of the labels of all ranks.
+        """Compress, rebuild (continue, answer), return the mean loss of the labels of all ranks.
 
         Args:
             batch: Of this rank.
             batch_idx: Not used.
 
         Raises:
-            ValueError: No label of a continuation is left behind ``model.loss.skip``.
+            ValueError: No label of a continuation is left behind ``model.loss.skip``, or the
+                training texts have no questions that could be asked.
         """
         step = self.trainer.global_step
-        prompt = "ae"
-        if self.lm_ratio and sample_seed("lm", str(step), 0) / 2**64 < self.lm_ratio:
-            prompt, batch = "lm", continuation(batch)
+        prompt, batch, question = exercise_of(self, batch, step)
         memory = self.memory_of(batch, f"train/{step}")
-        scores = self.token_loss(memory, batch, prompt)
+        scores = self.token_loss(memory, batch, prompt, question)
         weights = token_weights(
             batch.target_mask,
             batch.slot_mask,
@@ -289,8 +305,8 @@ class CompressorModule(EvaluatedModule):
         metrics["loss"] = (total.detach(), weights.sum())
         metrics["hidden"] = (batch.hidden.sum(), batch.source_mask.sum())
         metrics["short"] = (float(memory.num_short), float(len(batch.uids)))
-        if prompt == "lm":
-            metrics = {f"lm/{name}": value for name, value in metrics.items()} | {
+        if prompt != "ae":
+            metrics = {f"{prompt}/{name}": value for name, value in metrics.items()} | {
                 "loss": metrics["loss"]
             }
         self.record({f"train/{name}": value for name, value in metrics.items()})

@@ -18,6 +18,7 @@ from torch import Tensor
 from datamodules.context_encoding import CompressionBatch
 from datamodules.engines.base import sample_seed
 from datamodules.tasks.compression import Context, ContextSet
+from lightning_modules.compressor.asking import Answer, answer_metrics, answer_questions
 from lightning_modules.compressor.decoding import greedy_decode
 from lightning_modules.compressor.memory import Memory, controlled
 from lightning_modules.functional.effective_rank import Scatter, scatter
@@ -219,6 +220,9 @@ def _measure_memory(
     task = module.trainer.datamodule.task
     values = [task.read(row, text) for row, text in zip(rows, texts, strict=True)]
     found.add(arm, _fact_metrics(rows, values, counted))
+    if module.qa_ratio:
+        answers = _answers(run, memory, rows)
+        found.add(arm, answer_metrics(one for i in counted for one in answers[i]))
     if counted:
         sources = [words(rows[i].text) for i in counted]
         found.add(arm, drift_metrics(sources, [words(texts[i]) for i in counted]))
@@ -260,6 +264,17 @@ def decode_texts(run: _Run, memory: Memory, batch: CompressionBatch) -> list[str
         fixed_steps=None if run.is_whole else _most_of_ranks(int(max(limits)), module.device),
     )
     return [str(tokenizer.decode(ids)) for ids in decoded.texts()]
+
+
+def _answers(run: _Run, memory: Memory, rows: Sequence[Context]) -> list[list[Answer]]:
+    return answer_questions(
+        run.module,
+        run.one,
+        memory,
+        rows,
+        forbidden=_forbidden(run.module.trainer.datamodule.encoding.target_tokenizer),
+        steps_of=None if run.is_whole else _most_of_ranks,
+    )
 
 
 def _most_of_ranks(value: int, device: Any) -> int:

@@ -30,8 +30,8 @@ PAIR = [
 ALL_SETS = ["trainer.limit_val_batches=1.0", "trainer.limit_test_batches=1.0"]
 TINY = ["model=compressor", *WORLD, *PAIR, *ALL_SETS, "test_base=false", "compare=[]"]
 LORA = ["lora=default", "lora.r=4", "lora.dropout=0.1"]
-#: Half of the steps continue texts instead of rebuilding them.
-CONTINUED = ["model.lm_ratio=0.5", "model.loss.skip=0"]
+#: The first step answers questions, the next three continue texts; evaluations ask.
+CONTINUED = ["model.qa_ratio=0.3", "model.lm_ratio=0.7", "model.loss.skip=0"]
 
 
 def write_texts(folder: Path, count: int = 60) -> list[str]:

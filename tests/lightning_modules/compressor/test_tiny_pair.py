@@ -23,6 +23,7 @@ from lightning_modules.backbones.tiny_pair import (
     FittingTexts,
     PairWarmStart,
     TinyPairOptions,
+    fit_material,
     prepare_tiny_decoder,
     prepare_tiny_pair,
     read_share,
@@ -90,6 +91,8 @@ def test_wrong_options_are_named_all_at_once():
         TinyPairOptions(num_heads=3, num_kv_heads=2)
     with pytest.raises(ValueError) as error:
         PairWarmStart(steps=-1, batch_size=1, decoder_texts="mine")
+    with pytest.raises(ValueError, match=r"backbone.warm_start.qa_ratio=2 must be in \[0, 1\]"):
+        PairWarmStart(qa_ratio=2)
     for part in ("steps=-1 ", "batch_size=1 ", "decoder_texts='mine' "):
         assert f"backbone.warm_start.{part}" in str(error.value)
 
@@ -119,6 +122,9 @@ def test_the_config_takes_the_bridge_of_the_run():
     assert shape.projector.noise == 0.2 and not shape.projector.match_scale
     assert shape.shared_parts == ("prompts", "projector.up")
     fit = read_options(family.warm_start, found["warm_start"], "backbone.warm_start")
+    assert fit.qa_ratio == 0
+    config.model.qa_ratio = 0.3
+    assert config.backbone.warm_start.qa_ratio == 0.3
     options = fit.optimizer_of(16, is_decoder=False)
     assert (options.lr, list(options.betas), options.final_fraction) == (4e-3, [0.9, 0.98], 0.05)
 
@@ -173,6 +179,23 @@ def test_texts_are_those_of_the_regime():
     assert share < 0.4 and nouns == 9
     assert neutral.text(7).text == task.neutral_texts(5, 7, 1)[0]
     assert neutral.contexts("val") == []
+
+
+def test_questions_change_what_is_fitted_only_where_some_are_asked(tmp_path, cache, narrow):
+    task = small_world()
+    plain, asking = (fit_material(PairWarmStart(qa_ratio=share), {}) for share in (0.0, 0.5))
+    assert asking == {**plain, "qa_ratio": 0.5}
+    assert set(plain) == {
+        "steps", "decoder_steps", "decoder_texts", "batch_size", "gradient_clip", "decoder_lr",
+        "optimizer",
+    }  # fmt: skip
+    before = prepare(task, cache, warm_start=FIT, of=prepare_tiny_decoder)
+    again = prepare(task, cache, warm_start={**FIT, "qa_ratio": 0.0}, of=prepare_tiny_decoder)
+    assert before == again and "answered" not in json.loads((before / "litpost.json").read_text())
+    fit = {**FIT, "decoder_steps": 3, "qa_ratio": 0.5}
+    with pytest.warns(UserWarning, match=r"answers only \d+% of fresh questions .*decoder_steps=3"):
+        folder = prepare(task, tmp_path, warm_start=fit, of=prepare_tiny_decoder)
+    assert 0 <= json.loads((folder / "litpost.json").read_text())["answered"] < 0.9
 
 
 # ---------------------------------------------------------------------- stage 1 and the folder
