@@ -24,7 +24,7 @@ EVERY_STEP = [
 ]
 CASES = {
     "whole": [],
-    "adapters, continuations": [*LORA, *CONTINUED],
+    "adapters, continuations, questions": [*LORA, *CONTINUED],
     "both learn": ["model.decoder.train=full", "model.bridge_parts=[]"],
 }
 #: Moment, how often it passes before, and the step of the last checkpoint then.
@@ -39,7 +39,8 @@ def test_a_killed_run_ends_like_the_unbroken_one(
     expected = train.run(make_config(*overrides, "run_id=unbroken"))
     assert expected["steps"] == 4
     assert expected["train/grad_norm"] > 0, "a run without gradients would prove nothing"
-    assert ("train/lm/ce" in expected) == ("continuations" in case)
+    for kind in ("train/lm/ce", "train/qa/ce", "test/cf/qa/fact_fidelity"):
+        assert (kind in expected) == ("continuations" in case), kind
     started = command(*overrides, "run_id=killed", "resume=auto",
                       output_dir=tmp_path, cache_dir=warm_cache)  # fmt: skip
     log = tmp_path / "log"

@@ -78,4 +78,6 @@ def test_two_processes_equal_one(
     for tag in tags:
         assert found[tag] == pytest.approx(metrics[tag], abs=2e-4, rel=2e-4), tag
     assert ("test/cf/gap" in tags) == (case != "texts")
+    for kind in ("train/lm/ce", "train/qa/ce", "test/sw/qa/role_flip"):
+        assert (kind in tags) == (case == "continuations"), kind
     assert any(tag.endswith("/shuffled/ce") for tag in tags)
