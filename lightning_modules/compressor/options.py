@@ -74,7 +74,7 @@ class ProjectorOptions:
             decoder ignores the memory for long.
         noise: Standard deviation of Gaussian noise on the bottleneck of ``low_rank``, or on the
             vectors of the other kinds in units of the decoder's embeddings; 0 for none.
-        noise_in_eval: Noise in evaluation too [card, second trial].
+        noise_in_eval: Noise, where there is any, in evaluation too [card, second trial].
 
     Raises:
         ValueError: Names every bad key.
@@ -102,8 +102,6 @@ class ProjectorOptions:
                 "model.projector.kind='low_rank' needs model.projector.rank, such as 16"
             )
         problems += _at_least("model.projector.noise", self.noise, 0)
-        if self.noise_in_eval and not self.noise:
-            problems.append("model.projector.noise_in_eval=true needs model.projector.noise > 0")
         _refuse(problems)
 
 

@@ -26,7 +26,6 @@ BAD = [
     (ProjectorOptions, {"kind": "low_rank"}, "needs model.projector.rank"),
     (ProjectorOptions, {"kind": "low_rank", "rank": 0}, "projector.rank=0 must be at least 1"),
     (ProjectorOptions, {"noise": -1.0}, "model.projector.noise=-1.0 must be at least 0"),
-    (ProjectorOptions, {"noise_in_eval": True}, "noise_in_eval=true needs"),
     (RankControl, {"nuclear": -1}, "model.rank_control.nuclear=-1 must be at least 0"),
     (RankControl, {"erank_floor": 0.5}, "erank_floor=0.5 must be at least 1"),
     (EntropyControl, {"label_smoothing": 1.0}, r"label_smoothing=1.0 must be in \[0, 1\)"),
