@@ -71,7 +71,9 @@ def test_records_add_up_to_the_test(
         for tag, value in found.items():
             assert value == pytest.approx(metrics[f"test/{name}/{tag}"], abs=1e-5), (name, tag)
     facts = [fact for row in sets["cf"] for fact in row["facts"]]
-    assert all(fact["decoded"] == fact["prior"] != fact["source"] for fact in facts)
+    assert all(fact["prior"] != fact["source"] for fact in facts)
+    overwritten = sum(fact["decoded"] == fact["prior"] for fact in facts) / len(facts)
+    assert 0 < overwritten == pytest.approx(metrics["test/cf/knowledge_overwriting"], abs=1e-5)
     assert all(row["exact"] for row in sets["pc"])
 
 
