@@ -298,7 +298,7 @@ def test_a_task_of_bytes_gets_random_models(tmp_path):
 
 def test_a_stage_without_texts_is_told(tmp_path):
     class Mute(TwinNouns):
-        def neutral_texts(self, seed, step, count):
+        def neutral_contexts(self, seed, step, count):
             return []
 
     fit = {**FIT, "steps": 0}
