@@ -130,6 +130,19 @@ def test_an_answer_that_is_not_in_the_text_is_counted(tmp_path: Path) -> None:
     assert first.slots == () and len(first.probes) == len(second.slots) == 1
     assert task.counts["unmatched"] == 1
     assert task.read(first, "whatever") == {}
+    [probe] = first.probes
+    assert task.read_answer(first, probe, "Of marshmallows, they say.") == probe.answer
+    assert task.read_answer(first, probe, "rock and dust") == "rock and dust"
+    assert task.read_answer(first, probe, "candy") is None
+
+
+def test_answers_are_read_like_texts(tmp_path: Path) -> None:
+    task = ConflictFile(path=write(tmp_path, CONFLICT), **WHOLE)
+    [context] = sets_of(task)["cf"].contexts
+    [probe] = context.probes
+    assert task.read_answer(context, probe, "a politician.") == probe.answer == "Politician"
+    assert task.read_answer(context, probe, "a famous painter") == probe.prior
+    assert task.read_answer(context, probe, "lawyer") is None
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
