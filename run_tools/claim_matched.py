@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from run_tools.checks import nearest
 from run_tools.claim_curves import Points, read_curves
 from run_tools.claim_figure import COLOURS, figure_file, name_arms
 from run_tools.claim_page import Table
+from run_tools.claim_scatter_options import key_problems
 
 Text = Callable[[list[float]], str]
 
@@ -86,16 +87,7 @@ def matched_problems(values: Any, arms: Sequence[str]) -> list[str]:
 def _problems(key: str, value: Any, arms: Sequence[str]) -> list[str]:
     if not isinstance(value, dict):
         return [f"{key}={value!r} must be an object"]
-    known = [one.name for one in fields(Matched)]
-    problems = [
-        f"{key}: unknown key {name!r}{nearest(name, known)} (keys: {', '.join(known)})"
-        for name in value
-        if name not in known
-    ]
-    problems += [f"{key} needs {name!r}" for name in known[:-1] if name not in value]
-    for name in ("name", "x", "y"):
-        if name in value and not (isinstance(value[name], str) and value[name]):
-            problems.append(f"{key}.{name}={value[name]!r} must be a text")
+    problems = key_problems(key, value, Matched, texts=("name", "x", "y"))
     levels = value.get("levels", [1])
     is_list = isinstance(levels, list) and levels
     if not is_list or not all(isinstance(one, int | float) and one > 0 for one in levels):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from run_tools.checks import nearest
@@ -71,16 +71,7 @@ def scatter_problems(values: Any, arms: Sequence[str]) -> list[str]:
 def _plot_problems(key: str, value: Any, arms: Sequence[str]) -> list[str]:
     if not isinstance(value, dict):
         return [f"{key}={value!r} must be an object"]
-    known = [one.name for one in fields(Scatter)]
-    problems = [
-        f"{key}: unknown key {name!r}{nearest(name, known)} (keys: {', '.join(known)})"
-        for name in value
-        if name not in known
-    ]
-    problems += [f"{key} needs {name!r}" for name in ("name", "x", "y") if name not in value]
-    for name in ("name", "x", "control"):
-        if name in value and not (isinstance(value[name], str) and value[name]):
-            problems.append(f"{key}.{name}={value[name]!r} must be a text")
+    problems = key_problems(key, value, Scatter, texts=("name", "x", "control"))
     title = value.get("name")
     if title == "curves" or (isinstance(title, str) and title and not _NAME.fullmatch(title)):
         problems.append(f"{key}.name={title!r} must be letters, digits, '_' and '-', not curves")
@@ -90,6 +81,31 @@ def _plot_problems(key: str, value: Any, arms: Sequence[str]) -> list[str]:
     if (by := value.get("label_by")) not in (None, "arm", "group"):
         problems.append(f"{key}.label_by={by!r} must be 'arm' or 'group'")
     return problems + _tag_problems(key, value) + _group_problems(key, value.get("group"), arms)
+
+
+def key_problems(
+    key: str, value: Mapping[str, Any], kind: type[Any], *, texts: Sequence[str]
+) -> list[str]:
+    """Unknown keys of an object, those that it lacks, and those that are no text.
+
+    Args:
+        key: Of the object, for messages.
+        value: The object.
+        kind: Dataclass of its keys; those without a default must be there.
+        texts: Keys whose values are texts.
+    """
+    known = [one.name for one in fields(kind)]
+    needed = [one.name for one in fields(kind) if one.default is MISSING]
+    problems = [
+        f"{key}: unknown key {name!r}{nearest(name, known)} (keys: {', '.join(known)})"
+        for name in value
+        if name not in known
+    ]
+    problems += [f"{key} needs {name!r}" for name in needed if name not in value]
+    for name in texts:
+        if name in value and not (isinstance(value[name], str) and value[name]):
+            problems.append(f"{key}.{name}={value[name]!r} must be a text")
+    return problems
 
 
 def _tag_problems(key: str, value: Mapping[str, Any]) -> list[str]:
