@@ -189,7 +189,7 @@ def load(run_dir: str | Path) -> Any:
     data.prepare(path, config.cache_dir, for_training=False)
     backbone = plain(config.backbone) | {"path": path}
     config.lora.enabled = False  # the export has its adapters merged
-    module = build_module(config, {k: v for k, v in backbone.items() if k not in TINY_KEYS})
+    module = build_module(config, backbone)
     module.configure_model()
     module.eval()
     module.after_load(data)
@@ -225,6 +225,8 @@ def run_arm(config: DictConfig, arm: str) -> dict[str, Any]:
 
 def run_one(config: DictConfig, folder: RunFolder) -> dict[str, Any]:
     """Build everything, then fit, test, validate or predict."""
+    draft = plain(config.backbone)
+    build_module(config, draft | {"path": draft["path"] or ""})  # refused before a warm start
     pl.seed_everything(config.seed, workers=True, verbose=False)
     if config.trainer.num_threads:
         torch.set_num_threads(config.trainer.num_threads)
@@ -311,12 +313,12 @@ def prepare_backbone(config: DictConfig, data: Any) -> dict[str, Any]:
 
 
 def build_module(config: DictConfig, backbone: dict[str, Any]) -> Any:
-    """The LightningModule from plain values."""
+    """The LightningModule from plain values; keys of ``TINY_KEYS`` are not for it."""
     lora = plain(config.lora)
     enabled = lora.pop("enabled")
     return instantiate(
         config.model,
-        backbone=backbone,
+        backbone={k: v for k, v in backbone.items() if k not in TINY_KEYS},
         optimizer=plain(config.optimizer),
         lora=lora if enabled else None,
         kernel=plain(config.kernel),

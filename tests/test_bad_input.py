@@ -234,6 +234,25 @@ def test_a_draw_larger_than_the_pool_warns(make_config: Callable[..., Any]) -> N
     assert metrics["steps"] == 1
 
 
+#: Values that a module refuses, where the backbone would have to be made first.
+BEFORE = {
+    "temperature": (["model=grpo", "model.temperature=0"], "model.temperature=0"),
+    "projector": (["model=compressor", "model.projector.kind=conv"], "give one of identity"),
+    "decoder": (["model=compressor", "model.decoder.train=frozn"], "give one of frozen, lora"),
+    "part": (["model=compressor", "model.bridge_parts=[prompt]"], "there are tokens, prompts"),
+    "part of kv": (["model=compressor", "model.memory.form=kv"], "model.bridge_parts=[]"),
+}
+
+
+@pytest.mark.parametrize("case", BEFORE)
+def test_a_bad_value_costs_no_warm_start(case: str, tmp_path: Path) -> None:
+    overrides, fragment = BEFORE[case]
+    output_dir, cache_dir = tmp_path / "out", tmp_path / "cache"
+    found = main(*overrides, output_dir=output_dir, cache_dir=cache_dir)
+    check(*found, [fragment], output_dir)
+    assert not list(cache_dir.rglob("*")), "something was made before the value was refused"
+
+
 def test_after_a_mistake_the_corrected_command_runs(tmp_path: Path, warm_cache: Path) -> None:
     folders = {"output_dir": tmp_path, "cache_dir": warm_cache}
     overrides = ["model=grpo", "trainer.max_steps=1", "mode=fit", *UNFITTED, *SHORT]

@@ -55,7 +55,7 @@ from lightning_modules.compressor.options import (
 )
 from lightning_modules.compressor.pair import Pair, Question, TokenScores
 from lightning_modules.compressor.predicting import predict_set
-from lightning_modules.compressor.projector import Prompt, continue_bridge
+from lightning_modules.compressor.projector import Prompt, continue_bridge, part_problems
 from lightning_modules.compressor.sizes import pair_sizes
 from lightning_modules.compressor.training import (
     exercise_of,
@@ -121,6 +121,7 @@ class CompressorModule(EvaluatedModule):
     ) -> None:
         super().__init__(**kwargs)
         self.decoder_values = dict(decoder or {})
+        read_options(DecoderOptions, {**self.decoder_values, "backbone": ""}, "model.decoder")
         self.memory_options = read_options(MemoryOptions, memory, "model.memory")
         self.projector_options = read_options(ProjectorOptions, projector, "model.projector")
         self.rank_control = read_options(RankControl, rank_control, "model.rank_control")
@@ -130,6 +131,7 @@ class CompressorModule(EvaluatedModule):
         self.loss_options = read_options(LossOptions, loss, "model.loss")
         problems = ratio_problems({"lm_ratio": lm_ratio, "qa_ratio": qa_ratio})
         counts = {"qa_start": qa_start, "extra_tokens": extra_tokens}
+        problems += part_problems(bridge_parts, self.memory_options)
         problems += [f"model.{k}={v} must be 0 or more" for k, v in counts.items() if v < 0]
         if odd := [name for name in controls if name not in CONTROLS]:
             problems.append(f"model.controls has {odd[0]!r}; there are {', '.join(CONTROLS)}")

@@ -161,6 +161,26 @@ class Bridge(nn.Module):
         return self.prompts[place : place + 1][None, :count].expand(rows, -1, -1)
 
 
+def part_problems(parts: Sequence[str], memory: MemoryOptions) -> list[str]:
+    """What is wrong with the names of ``model.bridge_parts``, as far as no model is needed.
+
+    Args:
+        parts: Beginnings of parameter names of a ``Bridge``.
+        memory: Of the bridge.
+
+    Example:
+        >>> part_problems(["projector.up", "tokens"], MemoryOptions(tokens=2))
+        []
+    """
+    own = ["tokens"] if memory.form == "kv" else ["tokens", "prompts", "projector"]
+    odd = [part for part in parts if part.split(".")[0] not in own]
+    return [
+        f"model.bridge_parts has {part!r}: with model.memory.form={memory.form!r} there are "
+        f"{', '.join(own)}; model.bridge_parts=[] starts them all anew"
+        for part in odd
+    ]
+
+
 def mean_rms(table: Tensor) -> float:
     """Mean over the rows of a table ``(V, d)`` of their root mean square.
 
