@@ -250,6 +250,75 @@ class CompressionTask(Task):
         return rows
 
 
+class DrawnWorld(CompressionTask):
+    """A world that writes its texts when they are asked for: override three methods for your own.
+
+    ``predict`` is the split ``test``.
+
+    Args:
+        num_train: Training texts.
+        num_val: Texts of each evaluation set in ``val``.
+        num_test: Texts of each evaluation set in ``test``.
+    """
+
+    def __init__(self, *, num_train: int, num_val: int, num_test: int) -> None:
+        self.num_train = num_train
+        self.sizes = {"val": num_val, "test": num_test}
+        self._sets: dict[str, list[ContextSet]] = {}
+
+    @abstractmethod
+    def set_names(self) -> Sequence[str]:
+        """The evaluation sets, in the order in which they are measured; ``pc`` first."""
+
+    @abstractmethod
+    def training_context(self, index: int) -> Context:
+        """Training text ``index``, a pure function.
+
+        Args:
+            index: From 0 to ``num_train - 1``.
+        """
+
+    @abstractmethod
+    def evaluation_context(self, part: str, name: str, index: int) -> Context:
+        """Text ``index`` of a set, a pure function.
+
+        Args:
+            part: ``train``, ``val`` or ``test``.
+            name: Of the set; text ``index`` of most sets is the twin of that of ``pc``.
+            index: From 0 on.
+        """
+
+    def contexts(self, split: Split) -> Sequence[Context]:
+        """Training texts; of another split those of its first set.
+
+        Args:
+            split: ``predict`` is ``test``.
+        """
+        if split == "train":
+            return DrawnContexts(self.num_train, self.training_context)
+        sets = self.evaluations(split)
+        return sets[0].contexts if sets else []
+
+    def evaluations(self, split: Split) -> list[ContextSet]:
+        """The sets of ``set_names``.
+
+        Args:
+            split: ``train`` too has sets here, of as many texts as ``val``.
+
+        Returns:
+            The sets; none where the split has no texts.
+        """
+        part = "test" if split == "predict" else split
+        count = self.sizes.get(part, self.sizes["val"])
+        if part not in self._sets:
+            names = self.set_names() if count else ()
+            self._sets[part] = [
+                ContextSet(name, [self.evaluation_context(part, name, i) for i in range(count)])
+                for name in names
+            ]
+        return self._sets[part]
+
+
 def range_problems(
     ranges: Mapping[str, tuple[int, int, int | None]], shares: Mapping[str, float]
 ) -> list[str]:

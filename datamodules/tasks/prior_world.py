@@ -14,16 +14,13 @@ Nonce nouns and free verbs also stand in training texts, with uniform values and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from random import Random
 
 from datamodules.tasks.compression import (
     MASK,
-    CompressionTask,
     Context,
-    ContextSet,
-    DrawnContexts,
-    Split,
+    DrawnWorld,
     range_problems,
 )
 from datamodules.tasks.prior_world_grammar import (
@@ -50,7 +47,7 @@ SETS = {
 }
 
 
-class PriorWorld(CompressionTask):
+class PriorWorld(DrawnWorld):
     """Facts and relations with priors; see the module's docstring.
 
     A text is a pure function of ``(seed, split, index)``. ``predict`` is the split ``test``.
@@ -152,9 +149,9 @@ class PriorWorld(CompressionTask):
         ]
         if problems:
             raise ValueError("; ".join(problems))
+        super().__init__(num_train=num_train, num_val=num_val, num_test=num_test)
         self.relations, self.seed = relations, seed
-        self.p_cf, self.num_train = p_cf, num_train
-        self.sizes = {"val": num_val, "test": num_test}
+        self.p_cf = p_cf
         self.habits = Habits(prior_rate, relation_rate, negation_rate)
         self.nouns, self.nonce = NOUNS[:num_nouns], NONCE[:num_nonce]
         self.names = NAMES[:num_names]
@@ -179,7 +176,6 @@ class PriorWorld(CompressionTask):
         self.reader = Reader(
             [*self.nouns, *self.nonce], self.values, self.names, [*self.verbs, *self.free_verbs]
         )
-        self._sets: dict[str, list[ContextSet]] = {}
 
     # ---------------------------------------------------------------- what a task is
 
@@ -194,35 +190,9 @@ class PriorWorld(CompressionTask):
         """Values of attributes: a noun tells them, while nothing else tells a hidden name."""
         return [word for words in self.values.values() for word in words]
 
-    def contexts(self, split: Split) -> Sequence[Context]:
-        """Training texts; of another split those of its set ``pc``.
-
-        Args:
-            split: ``predict`` is ``test``.
-        """
-        if split == "train":
-            return DrawnContexts(self.num_train, self._training_context)
-        sets = self.evaluations(split)
-        return sets[0].contexts if sets else []
-
-    def evaluations(self, split: Split) -> list[ContextSet]:
-        """The sets ``pc``, ``cf``, ``sw``, ``neu`` and ``neg``, index by index twins of ``pc``.
-
-        Args:
-            split: ``train`` too has sets here, of as many texts as ``val``.
-
-        Returns:
-            The sets; none where the split has no texts; without relations no ``sw`` and ``neg``.
-        """
-        part = "test" if split == "predict" else split
-        count = self.sizes.get(part, self.sizes["val"])
-        if part not in self._sets:
-            names = [name for name in SETS if self.relations or name not in ("sw", "neg")]
-            self._sets[part] = [
-                ContextSet(name, [self._evaluated(part, name, i) for i in range(count)])
-                for name in (names if count else ())
-            ]
-        return self._sets[part]
+    def set_names(self) -> list[str]:
+        """``pc``, ``cf``, ``sw``, ``neu`` and ``neg``; without relations no ``sw`` and ``neg``."""
+        return [name for name in SETS if self.relations or name not in ("sw", "neg")]
 
     def read(self, context: Context, text: str) -> Mapping[str, str | None]:
         """Parse a text, whatever the order and wording of its sentences.
@@ -259,14 +229,16 @@ class PriorWorld(CompressionTask):
             self.writer.write("", self.writer.plan(rng), habits, values) for rng, values in plans
         ]
 
-    def _training_context(self, index: int) -> Context:
+    def training_context(self, index: int) -> Context:
+        """Habits at the training rates, or with probability ``p_cf`` all against their priors."""
         uid = f"{self.name}/{self.seed}/train/{index}"
         rng = Random(uid)
         against = Habits(0.0, 0.0, self.habits.negation)
         habits = against if rng.random() < self.p_cf else self.habits
         return self.writer.write(uid, self.writer.plan(rng), habits, Random(f"{uid}/values"))
 
-    def _evaluated(self, part: str, name: str, index: int) -> Context:
+    def evaluation_context(self, part: str, name: str, index: int) -> Context:
+        """Index by index twins of ``pc``, but for ``neu``; see ``DrawnWorld``."""
         base = f"{self.name}/{self.seed}/{part}/evaluation"
         shared = "neu" if name == "neu" else "pc"
         plan = self.writer.plan(Random(f"{base}/{shared}/{index}"), float(name == "neu"))

@@ -16,12 +16,9 @@ from random import Random
 
 from datamodules.tasks.compression import (
     MASK,
-    CompressionTask,
     Context,
-    ContextSet,
-    DrawnContexts,
+    DrawnWorld,
     Probe,
-    Split,
     range_problems,
 )
 from datamodules.tasks.prior_world_grammar import COLOURS, Mention, Sentence, join
@@ -30,7 +27,7 @@ Noun = tuple[str, str]
 WHAT, WHO = "what", "who"  # words of questions
 
 
-class TwinNouns(CompressionTask):
+class TwinNouns(DrawnWorld):
     """Colours of two-token nouns; see the module's docstring.
 
     A text is a pure function of ``(seed, split, index)``. ``predict`` is the split ``test``.
@@ -104,16 +101,15 @@ class TwinNouns(CompressionTask):
             )
         if problems:
             raise ValueError("; ".join(problems))
+        super().__init__(num_train=num_train, num_val=num_val, num_test=num_test)
         self.facts, self.relations, self.seed = facts, relations, seed
-        self.p_cf, self.relation_rate, self.num_train = p_cf, relation_rate, num_train
-        self.sizes = {"val": num_val, "test": num_test}
+        self.p_cf, self.relation_rate = p_cf, relation_rate
         self.first = tuple(f"a{i}" for i in range(num_first))
         self.second = tuple(f"b{i}" for i in range(num_second))
         self.colours = COLOURS[:num_colours]
         self.names = tuple(f"n{i}" for i in range(num_names if relations else 0))
         self.verbs = tuple(f"v{i}" for i in range(num_verbs if relations else 0))
         self._make_tables(num_held_out)
-        self._sets: dict[str, list[ContextSet]] = {}
 
     def _make_tables(self, num_held_out: int) -> None:
         rng = Random(f"{self.name}/{self.seed}/tables")
@@ -139,37 +135,10 @@ class TwinNouns(CompressionTask):
         """Colours [card], and names where there are relations."""
         return [*self.colours, *self.names]
 
-    def contexts(self, split: Split) -> Sequence[Context]:
-        """Training texts; of another split those of its set ``pc``.
-
-        Args:
-            split: ``predict`` is ``test``.
-        """
-        if split == "train":
-            return DrawnContexts(self.num_train, self._training_context)
-        sets = self.evaluations(split)
-        return sets[0].contexts if sets else []
-
-    def evaluations(self, split: Split) -> list[ContextSet]:
-        """The sets ``pc``, ``cf``, with held-out nouns ``neu``, with relations ``sw``.
-
-        Args:
-            split: ``train`` too has sets here, of as many texts as ``val``.
-
-        Returns:
-            The sets, ``cf`` and ``sw`` index by index twins of ``pc``; none where the split has no
-            texts.
-        """
-        part = "test" if split == "predict" else split
-        count = self.sizes.get(part, self.sizes["val"])
-        if part not in self._sets:
-            wanted = {"pc": True, "cf": True, "neu": self.held_out, "sw": self.relations}
-            self._sets[part] = [
-                ContextSet(name, [self._evaluated(part, name, i) for i in range(count)])
-                for name, is_wanted in wanted.items()
-                if is_wanted and count
-            ]
-        return self._sets[part]
+    def set_names(self) -> list[str]:
+        """``pc``, ``cf``, with held-out nouns ``neu``, with relations ``sw``."""
+        neu, sw = ["neu"] if self.held_out else [], ["sw"] if self.relations else []
+        return ["pc", "cf", *neu, *sw]
 
     def read(self, context: Context, text: str) -> Mapping[str, str | None]:
         """Look up each noun and each verb of the source in a text.
@@ -214,14 +183,16 @@ class TwinNouns(CompressionTask):
             found.append(self._write("", rng, rng, None, 0.5, of=everything))
         return found
 
-    def _training_context(self, index: int) -> Context:
+    def training_context(self, index: int) -> Context:
+        """All habits kept, or with probability ``p_cf`` all broken; see ``DrawnWorld``."""
         uid = f"{self.name}/{self.seed}/train/{index}"
         rng = Random(uid)
         if rng.random() < self.p_cf:
             return self._write(uid, rng, rng, 0.0, 0.0)
         return self._write(uid, rng, rng, 1.0, self.relation_rate)
 
-    def _evaluated(self, part: str, name: str, index: int) -> Context:
+    def evaluation_context(self, part: str, name: str, index: int) -> Context:
+        """``cf`` and ``sw`` are twins of ``pc``; see ``DrawnWorld``."""
         base = f"{self.name}/{self.seed}/{part}/evaluation"
         uid, values = f"{base}/{name}/{index}", Random(f"{base}/{name}/{index}/values")
         if name == "neu":

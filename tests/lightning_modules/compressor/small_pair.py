@@ -6,10 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
+from datamodules.contexts import ContextDataModule
+from datamodules.tasks.compression import CompressionTask
 from lightning_modules.backbones.causal_lm import load_causal_lm
 from lightning_modules.backbones.tiny import TinyOptions, build_tiny
+from lightning_modules.backbones.tiny_pair import prepare_tiny_pair
+from lightning_modules.compressor.base import CompressorModule
 from lightning_modules.compressor.options import MemoryOptions, ProjectorOptions, Training
 from lightning_modules.compressor.pair import Pair
 from lightning_modules.options import BackboneOptions, LoraOptions
@@ -50,6 +55,36 @@ def make_pair(
     if lora is not None:
         parts[0] = load_causal_lm(BackboneOptions(str(folder / "compressor")), lora)
     return Pair(parts[0], parts[1], options, ProjectorOptions(**(projector or {})), train)
+
+
+def overfit(task: CompressionTask, folder: Path, steps: int, **options: Any) -> CompressorModule:
+    """A pair of width 32 with a decoder of its own that learns eight texts by heart, then its test.
+
+    Args:
+        task: Its world; eight training texts.
+        folder: Of the pair and of prepared data.
+        steps: Of training.
+        **options: Of the module; ``memory`` with ``tokens``.
+    """
+    bridge = {"rank": None, "noise": None, "memory_tokens": options["memory"]["tokens"]}
+    path = prepare_tiny_pair(
+        task, tiny={"hidden_size": 32, "decoder_width": 32, **bridge}, warm_start=None,
+        task_settings={}, seed=0, cache_dir=folder,
+    )  # fmt: skip
+    data = ContextDataModule(task=task, batch_size=8, eval_batch_size=3)
+    data.prepare(str(path), folder)
+    module = CompressorModule(
+        backbone={"path": str(path)}, decoder={"train": "full"}, projector={"kind": "linear"},
+        optimizer={"lr": 3e-3, "weight_decay": 0.0}, **options,
+    )  # fmt: skip
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder, max_steps=steps, max_epochs=-1,
+        limit_val_batches=0, gradient_clip_val=1.0,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    trainer.test(module, datamodule=data, verbose=False)
+    return module
 
 
 def tokens(lengths: list[int], words: int, *, seed: int = 0, left: bool = False) -> list[Tensor]:

@@ -8,19 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 
 from datamodules.context_encoding import CompressionBatch
-from datamodules.contexts import ContextDataModule
 from datamodules.engines.base import sample_seed
 from datamodules.tasks.compression import Context, ContextSet, Probe, Slot
 from datamodules.tasks.twin_nouns import TwinNouns
-from lightning_modules.backbones.tiny_pair import prepare_tiny_pair
 from lightning_modules.compressor.asking import answer_metrics, answer_questions
 from lightning_modules.compressor.base import CompressorModule
 from lightning_modules.compressor.measuring import measure_set
 from lightning_modules.compressor.training import ask, exercise_of
 from lightning_modules.functional.sums import means
+from tests.lightning_modules.compressor.small_pair import overfit
 
 
 class Learnt(TwinNouns):
@@ -48,25 +46,10 @@ def answering(tmp_path_factory: pytest.TempPathFactory) -> tuple[CompressorModul
         num_first=3, num_second=3, num_colours=4, num_held_out=0, facts=2, relations=1,
         num_names=4, num_verbs=8, relation_rate=1.0, num_train=8,
     )  # fmt: skip
-    bridge = {"rank": None, "noise": None, "memory_tokens": 8, "decoder_width": 32}
-    path = prepare_tiny_pair(
-        task, tiny={"hidden_size": 32, **bridge}, warm_start=None, task_settings={}, seed=0,
-        cache_dir=folder,
+    module = overfit(
+        task, folder, 120, qa_ratio=1.0, extra_tokens=2, memory={"tokens": 8},
+        controls=["shuffled"],
     )  # fmt: skip
-    data = ContextDataModule(task=task, batch_size=8, eval_batch_size=3)
-    data.prepare(str(path), folder)
-    module = CompressorModule(
-        backbone={"path": str(path)}, decoder={"train": "full"}, qa_ratio=1.0, extra_tokens=2,
-        memory={"tokens": 8}, projector={"kind": "linear"}, controls=["shuffled"],
-        optimizer={"lr": 3e-3, "weight_decay": 0.0},
-    )  # fmt: skip
-    trainer = Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=folder, max_steps=120, max_epochs=-1,
-        limit_val_batches=0, gradient_clip_val=1.0,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=data)
-    trainer.test(module, datamodule=data, verbose=False)
     return module.eval(), module.results
 
 

@@ -7,12 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 
-from datamodules.contexts import ContextDataModule
 from datamodules.tasks.compression import Context, ContextSet, Slot
 from datamodules.tasks.twin_nouns import TwinNouns
-from lightning_modules.backbones.tiny_pair import prepare_tiny_pair
 from lightning_modules.compressor.base import CompressorModule
 from lightning_modules.compressor.comparing import compare_sets, rates_of_sets
 from lightning_modules.compressor.measuring import Measured, measure_set, semantic_drift
@@ -22,6 +19,7 @@ from lightning_modules.functional.sums import merge
 from lightning_modules.grm.embedders import EncoderEmbedder, HashedEmbedder
 
 # ---------------------------------------------------------------------- by hand
+from tests.lightning_modules.compressor.small_pair import overfit
 
 
 def usual(i: int) -> Context:
@@ -160,26 +158,10 @@ def perfect(tmp_path_factory: pytest.TempPathFactory) -> tuple[CompressorModule,
         num_first=3, num_second=3, num_colours=4, num_held_out=0, facts=1, relations=1,
         num_names=4, num_verbs=8, p_cf=1.0, num_train=8, num_val=5,
     )  # fmt: skip
-    bridge = {"rank": None, "noise": None, "memory_tokens": 7, "decoder_width": 32}
-    path = prepare_tiny_pair(
-        task, tiny={"hidden_size": 32, **bridge}, warm_start=None, task_settings={}, seed=0,
-        cache_dir=folder,
-    )  # fmt: skip
-    data = ContextDataModule(task=task, batch_size=8, eval_batch_size=3)
-    data.prepare(str(path), folder)
-    module = CompressorModule(
-        backbone={"path": str(path)}, decoder={"train": "full"},
-        memory={"tokens": 7, "on_short": "count"}, projector={"kind": "linear"},
+    module = overfit(
+        task, folder, 150, memory={"tokens": 7, "on_short": "count"},
         controls=["shuffled", "zero"], embedder="hashed",
-        optimizer={"lr": 3e-3, "weight_decay": 0.0},
     )  # fmt: skip
-    trainer = Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=folder, max_steps=150, max_epochs=-1,
-        limit_val_batches=0, gradient_clip_val=1.0,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=data)
-    trainer.test(module, datamodule=data, verbose=False)
     return module, module.results
 
 
